@@ -1,0 +1,56 @@
+"""hgprompt: how much of each visual prompt to take for a new task, in one pass over its images.
+
+result = hgprompt.fast_ensemble(prompts, loader)
+"""
+
+import logging as _logging
+
+from hgprompt.backbone import FrozenViT
+from hgprompt.encoder import MultiPromptEncoder, encode
+from hgprompt.ensemble import fast_ensemble
+from hgprompt.errors import (
+    BackboneError,
+    DataError,
+    FileFormatError,
+    HGPromptError,
+    HGPromptWarning,
+    OptionError,
+    OutputError,
+    PromptError,
+    StatisticsError,
+)
+from hgprompt.objective import alignment_loss, gram_of, h_score
+from hgprompt.optimize import Diagnostics, Solution, optimize_weights
+from hgprompt.pool import BackboneInfo, PromptPool
+from hgprompt.result import EnsembleResult
+from hgprompt.statistics import EnsembleStatistics
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackboneError",
+    "BackboneInfo",
+    "DataError",
+    "Diagnostics",
+    "EnsembleResult",
+    "EnsembleStatistics",
+    "FileFormatError",
+    "FrozenViT",
+    "HGPromptError",
+    "HGPromptWarning",
+    "MultiPromptEncoder",
+    "OptionError",
+    "OutputError",
+    "PromptError",
+    "PromptPool",
+    "Solution",
+    "StatisticsError",
+    "alignment_loss",
+    "encode",
+    "fast_ensemble",
+    "gram_of",
+    "h_score",
+    "optimize_weights",
+]
+
+_logging.getLogger(__name__).addHandler(_logging.NullHandler())

@@ -1,0 +1,223 @@
+"""Folders of labelled images: VTAB-1k's split files, or one folder per class.
+
+Images come out as uint8 [3, H, W], resized without keeping the aspect and not augmented (VTAB's transform); the
+backbone normalises them. Files are data from strangers: sizes are checked before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hgprompt.errors import DataError, OptionError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+MAX_LINES = 10_000_000
+MAX_PIXELS = 64 * 2**20
+INTERPOLATIONS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """A labelled set of images.
+
+    Attributes:
+        name: of the task (its folder). samples: (file, label) in the order of the split file, or by class and name.
+        class_names: names of labels 0, 1, …; None where the folder does not tell.
+    """
+
+    name: str
+    samples: tuple[tuple[Path, int], ...]
+    class_names: tuple[str, ...] | None
+
+
+def load_task(folder: str | Path, split: str = "train800val200") -> ImageTask:
+    """The images and labels of a folder.
+
+    Args:
+        folder: either VTAB-1k's layout (`<split>.txt` with lines `path label`, paths relative to the folder, and
+            optionally `classes.txt` with a name per line), or one sub-folder of images per class: labels are then
+            the places of the sub-folders' names in sorted order.
+        split: which split file; a folder with sub-folders of images has no splits and ignores it.
+
+    Raises:
+        DataError: what is wrong, in which file and line.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder of images")
+    if (folder / f"{split}.txt").is_file():
+        return _from_split_file(folder, folder / f"{split}.txt")
+    splits = sorted(p.stem for p in folder.glob("*.txt") if p.name != "classes.txt")
+    if splits:
+        raise DataError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
+    return _from_class_folders(folder)
+
+
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """Decoded images (uint8 [3, H, W]) and labels of a task.
+
+    Args:
+        samples: (file, label) pairs.
+        image_size: (height, width) to resize to.
+        interpolation: "bicubic", "bilinear", "nearest" or "lanczos".
+        max_pixels: an image with more is refused before it is decoded.
+
+    Transparency is laid on white, 16 bit are scaled to 8, the first frame of an animation is taken, and a photograph
+    is turned as its EXIF data says.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[tuple[Path, int]],
+        image_size: tuple[int, int],
+        *,
+        interpolation: str = "bicubic",
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        if interpolation not in INTERPOLATIONS:
+            raise OptionError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
+        self.samples = samples
+        self.image_size = image_size
+        self.interpolation = interpolation
+        self.max_pixels = max_pixels
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        image = read_image(path, self.max_pixels)
+        height, width = self.image_size
+        image = image.resize((width, height), INTERPOLATIONS[self.interpolation])
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), label
+
+
+def make_loader(
+    task: ImageTask,
+    image_size: tuple[int, int],
+    *,
+    batch_size: int = 32,
+    interpolation: str = "bicubic",
+    shuffle: bool = False,
+    seed: int = 0,
+    workers: int = 0,
+    limit: int | None = None,
+) -> DataLoader[tuple[Tensor, int]]:
+    """A DataLoader of uint8 images [B, 3, H, W] and labels [B].
+
+    Args:
+        limit: only this many images, taken from the classes in turn (each in random order of the seed).
+        shuffle, seed: order of the images; the global random state is neither read nor changed.
+    """
+    samples = task.samples if limit is None else balanced(task.samples, limit, seed)
+    generator = torch.Generator().manual_seed(seed)
+    dataset = ImageDataset(samples, image_size, interpolation=interpolation)
+    return DataLoader(dataset, batch_size, shuffle=shuffle, num_workers=workers, generator=generator)
+
+
+def balanced(samples: Sequence[tuple[Path, int]], limit: int, seed: int) -> tuple[tuple[Path, int], ...]:
+    """At most `limit` samples, one class after the other in turn, in the order in which they came."""
+    if limit < 1:
+        raise OptionError(f"limit must be at least 1, got {limit}")
+    order = np.random.default_rng(seed).permutation(len(samples)).tolist()
+    by_class: dict[int, list[int]] = {}
+    for i in order:
+        by_class.setdefault(samples[i][1], []).append(i)
+    turns = itertools.zip_longest(*(by_class[c] for c in sorted(by_class)))
+    chosen = [i for turn in turns for i in turn if i is not None][:limit]
+    return tuple(samples[i] for i in sorted(chosen))
+
+
+def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An RGB image, or DataError that names the file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large images; ours is an error, below
+            with Image.open(path) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise DataError(f"{path} is {width}×{height} pixels, over the limit of {max_pixels}")
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist") from error
+    except Exception as error:  # decoders raise many kinds for damaged files
+        raise DataError(f"{path} is no readable image: {type(error).__name__}: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        # 16-bit files have values up to 65535, whatever mode Pillow opens them in.
+        return Image.fromarray(np.clip(values / 257, 0, 255).round().astype(np.uint8), "L").convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_split_file(folder: Path, file: Path) -> ImageTask:
+    class_names = _class_names(folder / "classes.txt")
+    root = folder.resolve()
+    samples = []
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if number > MAX_LINES:
+                raise DataError(f"{file} has more than {MAX_LINES} lines")
+            if not line.strip():
+                continue
+            try:
+                name, text = line.rsplit(maxsplit=1)
+                label = int(text)
+            except ValueError as error:
+                raise DataError(f"{file}, line {number}: expected 'path label', got {line.strip()[:100]!r}") from error
+            if label < 0 or (class_names is not None and label >= len(class_names)):
+                known = "" if class_names is None else f" of {len(class_names)} in classes.txt"
+                raise DataError(f"{file}, line {number}: label {label} is no class{known}")
+            path = folder / name
+            if not path.resolve().is_relative_to(root):
+                raise DataError(f"{file}, line {number}: {name[:100]!r} leads out of {folder}")
+            if not path.is_file():
+                raise DataError(f"{file}, line {number}: {path} does not exist")
+            samples.append((path, label))
+    if not samples:
+        raise DataError(f"{file} lists no images")
+    return ImageTask(folder.name, tuple(samples), class_names)
+
+
+def _from_class_folders(folder: Path) -> ImageTask:
+    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not classes:
+        raise DataError(f"{folder} has neither split files (such as train800val200.txt) nor a folder per class")
+    samples = []
+    for label, place in enumerate(classes):
+        files = sorted(p for p in place.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not files:
+            raise DataError(f"class folder {place} holds no images ({', '.join(SUFFIXES)})")
+        samples += [(p, label) for p in files]
+    return ImageTask(folder.name, tuple(samples), tuple(p.name for p in classes))
+
+
+def _class_names(file: Path) -> tuple[str, ...] | None:
+    if not file.is_file():
+        return None
+    return tuple(
+        line.strip() for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+    )

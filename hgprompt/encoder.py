@@ -1,0 +1,224 @@
+"""encode: images × prompts → features, differentiable in the prompts, in micro-batches.
+
+The engine that runs one micro-batch is the only place that depends on the device: see `hgprompt.reference`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hgprompt import reference
+from hgprompt.backbone import FrozenViT
+from hgprompt.errors import OptionError, PromptError
+
+Impl = Literal["auto", "reference"]
+
+# Tokens in one micro-batch. On a CPU, the GEMMs are at their full rate long before, and activations of this size
+# (a few MB a layer) still profit from the caches.
+_TOKENS_PER_MICRO_BATCH = {"cpu": 2048, "cuda": 131072}
+
+# loss(features [m, b, h], prompt_indices, image_indices) -> [m], summed over the images
+PullBackLoss = Callable[[Tensor, slice, slice], Tensor]
+
+
+def encode(
+    backbone: FrozenViT,
+    prompts: Tensor,
+    images: Tensor,
+    *,
+    micro_batch: int | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Features of every image under every prompt (Eq. 3).
+
+    Args:
+        backbone: the packed backbone; see `FrozenViT.from_timm`.
+        prompts: [M, p, d] (inserted once, after the position embeddings) or deep [M, L, p, d] (block i sees
+            prompts[:, i] in place of what the block before made of its prompt tokens). p may be 0. Any float dtype
+            and device: they are cast to the backbone's.
+        images: [B, 3, H, W], floating point and normalised, or uint8.
+        micro_batch: image–prompt pairs that are in the network at one time; None: sized for the device. Memory
+            grows with it and not with M or B. Where gradients are needed and M·B is larger, each micro-batch is
+            computed again in the backward pass.
+        impl: "auto" picks the engine for the device; "reference" is plain PyTorch.
+
+    Returns:
+        [M, B, h], in the backbone's dtype, whatever autocast state the caller is in.
+
+    Raises:
+        PromptError, DataError: shapes or dtypes do not fit the backbone.
+    """
+    check_prompts(backbone, prompts)
+    backbone.check_images(images)
+    engine = select_engine(backbone, impl)
+    micro_batch = resolve_micro_batch(backbone, prompts, micro_batch)
+    with _no_autocast(backbone):
+        prompts = prompts.to(device=backbone.device, dtype=backbone.dtype)
+        needs_grad = torch.is_grad_enabled() and prompts.requires_grad
+        recompute = needs_grad and len(prompts) * len(images) > micro_batch
+        rows = []
+        for image_slice, prompt_slices in _micro_batches(len(prompts), len(images), micro_batch):
+            with torch.no_grad():
+                tokens = engine.embed(backbone, backbone.prepare(images[image_slice]))
+            if recompute:
+                parts = [
+                    checkpoint(
+                        engine.features,
+                        backbone,
+                        tokens,
+                        prompts[s],
+                        use_reentrant=False,
+                        preserve_rng_state=False,
+                    )
+                    for s in prompt_slices
+                ]
+            else:
+                parts = [engine.features(backbone, tokens, prompts[s]) for s in prompt_slices]
+            rows.append(torch.cat(parts))
+        if not rows:
+            return prompts.new_zeros(len(prompts), len(images), backbone.width)
+        return torch.cat(rows, dim=1)
+
+
+def pull_back(
+    backbone: FrozenViT,
+    prompts: Tensor,
+    images: Tensor,
+    loss: PullBackLoss,
+    *,
+    micro_batch: int | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, losses and the losses' gradients in the prompts, each micro-batch forward and backward at once.
+
+    Memory does not grow with M or B, and nothing is computed twice.
+
+    Args:
+        backbone, prompts, images, micro_batch, impl: as for `encode`.
+        loss: loss(features [m, b, h], prompt indices, image indices) → [m], the sum over those images.
+
+    Returns:
+        features [M, B, h] in the backbone's dtype, losses [M] and gradients (shape of prompts) in at least float32.
+    """
+    check_prompts(backbone, prompts)
+    backbone.check_images(images)
+    engine = select_engine(backbone, impl)
+    micro_batch = resolve_micro_batch(backbone, prompts, micro_batch)
+    precise = torch.promote_types(backbone.dtype, torch.float32)
+    # inference_mode(False): a caller inside inference mode would otherwise get tensors without a graph.
+    with torch.inference_mode(False), _no_autocast(backbone):
+        gradients = torch.zeros(prompts.shape, device=backbone.device, dtype=precise)
+        losses = torch.zeros(len(prompts), device=backbone.device, dtype=precise)
+        features = torch.empty(len(prompts), len(images), backbone.width, device=backbone.device, dtype=backbone.dtype)
+        prompts = prompts.detach().clone().to(device=backbone.device, dtype=backbone.dtype)
+        for image_slice, prompt_slices in _micro_batches(len(prompts), len(images), micro_batch):
+            with torch.no_grad():
+                tokens = engine.embed(backbone, backbone.prepare(images[image_slice].clone()))
+            for s in prompt_slices:
+                with torch.enable_grad():
+                    leaf = prompts[s].clone().requires_grad_()
+                    out = engine.features(backbone, tokens, leaf)
+                    value = loss(out, s, image_slice)
+                    (gradient,) = torch.autograd.grad(value.sum(), leaf)
+                features[s, image_slice] = out.detach()
+                losses[s] += value.detach()
+                gradients[s] += gradient
+    return features, losses, gradients
+
+
+class MultiPromptEncoder(nn.Module):
+    """`encode` as a module, for training stacks.
+
+    Args:
+        backbone: held as buffers outside the state dict: `.to()` moves it, optimisers do not see it.
+        prompts: optional [M, p, d] or [M, L, p, d]; a trainable parameter `prompts` is made of a copy.
+        micro_batch, impl: as for `encode`.
+    """
+
+    prompts: nn.Parameter | None
+
+    def __init__(
+        self,
+        backbone: FrozenViT,
+        prompts: Tensor | None = None,
+        *,
+        micro_batch: int | None = None,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.micro_batch = micro_batch
+        self.impl: Impl = impl
+        if prompts is None:
+            self.register_parameter("prompts", None)
+        else:
+            check_prompts(backbone, prompts)
+            self.prompts = nn.Parameter(prompts.detach().clone())
+
+    def forward(self, images: Tensor, prompts: Tensor | None = None) -> Tensor:
+        """images [B, 3, H, W] → features [M, B, h], under `prompts` or, without them, under the module's own."""
+        chosen = self.prompts if prompts is None else prompts
+        if chosen is None:
+            raise PromptError("MultiPromptEncoder was made without prompts: pass them to forward(images, prompts)")
+        return encode(self.backbone, chosen, images, micro_batch=self.micro_batch, impl=self.impl)
+
+
+def check_prompts(backbone: FrozenViT, prompts: Tensor) -> None:
+    """Raise PromptError unless prompts are floating [M, p, d] or [M, L, p, d] for this backbone, M ≥ 1."""
+    if not isinstance(prompts, Tensor):
+        raise PromptError(f"prompts must be a torch.Tensor, got {type(prompts).__name__}")
+    shape = list(prompts.shape)
+    if prompts.ndim not in (3, 4) or not prompts.is_floating_point():
+        raise PromptError(
+            f"prompts must be floating point [M, p, d] (shallow) or [M, L, p, d] (deep), got {shape} {prompts.dtype}"
+        )
+    if shape[0] == 0:
+        raise PromptError("there are no prompts: M = 0")
+    if shape[-1] != backbone.width:
+        raise PromptError(
+            f"prompts are {shape[-1]} wide, {backbone.name} is {backbone.width} wide: another backbone's?"
+        )
+    if prompts.ndim == 4 and shape[1] != backbone.depth:
+        raise PromptError(f"deep prompts have {shape[1]} layers, {backbone.name} has {backbone.depth} blocks")
+
+
+def select_engine(backbone: FrozenViT, impl: Impl) -> ModuleType:
+    """The module that runs one micro-batch on the backbone's device."""
+    if impl not in ("auto", "reference"):
+        raise OptionError(f"impl must be 'auto' or 'reference', got {impl!r}")
+    return reference
+
+
+def resolve_micro_batch(backbone: FrozenViT, prompts: Tensor, micro_batch: int | None) -> int:
+    """Image–prompt pairs per micro-batch: the caller's, or what suits the device."""
+    if micro_batch is None:
+        tokens = backbone.num_image_tokens + prompts.shape[-2]
+        return max(1, _TOKENS_PER_MICRO_BATCH.get(backbone.device.type, 2048) // tokens)
+    if micro_batch < 1:
+        raise OptionError(f"micro_batch must be at least 1, got {micro_batch}")
+    return micro_batch
+
+
+def _micro_batches(num_prompts: int, num_images: int, size: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Slices of the images, each with the slices of the prompts to run them under.
+
+    As many images as fit, then as many prompts: a prompt's own work in the first block (and in every block if it is
+    deep) is shared by the images beside it, and the images' by all prompts.
+    """
+    images_at_once = max(1, min(size, num_images))
+    prompts_at_once = max(1, size // images_at_once)
+    prompt_slices = [slice(i, min(i + prompts_at_once, num_prompts)) for i in range(0, num_prompts, prompts_at_once)]
+    for start in range(0, num_images, images_at_once):
+        yield slice(start, min(start + images_at_once, num_images)), prompt_slices
+
+
+def _no_autocast(backbone: FrozenViT) -> contextlib.AbstractContextManager[None]:
+    """The compute dtype is the backbone's, not that of a surrounding autocast region."""
+    return torch.autocast(backbone.device.type, enabled=False)

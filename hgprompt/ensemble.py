@@ -1,0 +1,414 @@
+"""fast_ensemble: one pass over labelled images → how much of each prompt to take.
+
+The road: images and prompts go through the network once; features become statistics; the gradients of a task loss in
+the prompts become a Gram matrix; everything after the stream is small, exact linear algebra in α.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hgprompt.backbone import FrozenViT
+from hgprompt.encoder import Impl, check_prompts, encode, pull_back, select_engine
+from hgprompt.errors import BackboneError, DataError, HGPromptError, HGPromptWarning, OptionError
+from hgprompt.objective import Shrinkage, gram_of, h_score
+from hgprompt.optimize import Solver, jackknife_std, optimize_weights
+from hgprompt.pool import PromptPool
+from hgprompt.progress import Progress, Reporter
+from hgprompt.result import EnsembleResult
+from hgprompt.sample import ImageSample
+from hgprompt.statistics import EnsembleStatistics, Keep, check_labels
+from hgprompt.task_loss import FITTED, FittedHead, Head, fit_heads, given_loss, held_out_logits, inverse_temperatures
+
+logger = logging.getLogger(__name__)
+
+Prompts = PromptPool | Mapping[str, Tensor] | Sequence[Tensor] | Tensor
+
+
+def fast_ensemble(
+    prompts: Prompts,
+    loader: Iterable[Any],
+    *,
+    backbone: nn.Module | str | None = None,
+    lam: float = 1.0,
+    shrinkage: Shrinkage = "auto",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    progress: bool | Reporter = False,
+    process_group: Any = None,
+    head: Head = "lda",
+    gradient_images: int | None = 256,
+    folds: int = 8,
+    preset: Literal["paper"] | None = None,
+    normalize: bool = True,
+    solver: Solver = "quasi-newton",
+    starts: int = 8,
+    tolerance: float = 1e-6,
+    max_steps: int = 200,
+    learning_rate: float = 0.005,
+    keep: Keep = "auto",
+    micro_batch: int | None = None,
+    impl: Impl = "auto",
+) -> EnsembleResult:
+    """How much of each prompt to take for a new labelled task, in one pass over its images.
+
+    Args:
+        prompts: a PromptPool, {name: [p, d]}, a sequence of [p, d], or a tensor [M, p, d] (deep: [L, p, d] each).
+        loader: an iterable of (images [B, 3, H, W], integer labels [B]), read once. Images are normalised floats or
+            uint8. Any order will do, also sorted by class; the last batch may be short.
+        backbone: a timm VisionTransformer, a FrozenViT, or a timm model name; None: the one that the pool names.
+        lam: λ ≥ 0 of Eq. 12, the pull of gradient alignment.
+        shrinkage: of the covariance in the H-score: "auto", "ledoit-wolf", "oas", an intensity in [0, 1), or 0.0 for
+            Eq. 5 to the letter.
+        device, dtype: of the computation; None: the backbone's own (for a name: a GPU if there is one, float32).
+        seed: of the gradient sample and the solver's starts. Same input, seed and device: the same bits.
+        progress: True for a bar on stderr, or a callable (stage, done, total or None).
+        process_group: a torch.distributed group over whose ranks the images are spread: statistics and gradients
+            are reduced over it and every rank returns the same result. None: this process alone.
+        head: whose loss is pulled back to the prompts (Eq. 8): "lda", "shared-lda", "centroid" (closed form, fitted
+            and cross-fitted after the pass), or your own: a module or function features [b, h] → logits [b, C], or
+            one per prompt. Your own is applied during the pass, to every image.
+        gradient_images: with a closed-form head, gradients come from a uniform random sample of this many images,
+            which is kept while the stream goes by; None: all images are kept. 0 (with lam=0): no gradients. Over a
+            process group the number is per rank.
+        folds: groups of images for cross-fitting and for the jackknife errors of the weights.
+        preset: "paper" is Algorithm 1 to the letter: Eq. 5 unshrunk, H not divided by C-1, projected gradient from
+            uniform with a fixed step (the paper gives none: 0.005, 1000 steps), gradients of all images.
+        normalize, solver, starts, tolerance, max_steps, learning_rate: as for `optimize_weights`.
+        keep: what is kept of the features: "features", "moments", or "auto": whichever is smaller.
+        micro_batch: image–prompt pairs in the network at one time; memory grows with it, not with M or N.
+        impl: engine of the network, as for `encode`.
+
+    Returns:
+        The weights, the mixed prompt, and why: see EnsembleResult.
+
+    Raises:
+        PromptError: prompts that do not fit together or the backbone, or that make features constant. DataError:
+        images or labels that cannot be used, or a loader that failed (with its own exception as the cause).
+        BackboneError, OptionError: a backbone or an argument that cannot be used. Nothing is written anywhere.
+    """
+    if preset == "paper":
+        shrinkage, normalize, starts, gradient_images = 0.0, False, 1, None
+        solver, max_steps, learning_rate = "projected-gradient", 1000, 0.005
+    elif preset is not None:
+        raise OptionError(f"preset must be None or 'paper', got {preset!r}")
+    _check_options(lam, gradient_images, folds, head)
+    fitted = isinstance(head, str)
+    # What is made inside inference mode passes no gradient, so a caller's inference mode is suspended.
+    with torch.inference_mode(False), Progress.of(progress) as report:
+        names, stack, vit = _resolve(prompts, backbone, device, dtype)
+        select_engine(vit, impl)
+        gather = _Pass(vit, stack, names, folds=folds, keep=keep, micro_batch=micro_batch, impl=impl)
+        if fitted:
+            sample = ImageSample(gradient_images, folds, seed)
+            gather.stream(loader, report, sample=sample)
+        else:
+            sample = ImageSample(0, folds, seed)
+            gather.stream(loader, report, loss=given_loss(head, len(stack)))
+        gather.reduce_statistics(process_group)
+        _check_problem(gather.statistics)
+        if fitted and gradient_images != 0:
+            gather.pull_back_sample(head, sample, report, process_group)  # type: ignore[arg-type]
+        gradients = gather.reduce_gradients(process_group)
+        report("weights", 0, None)
+        total, fold_grams = _grams(gradients, names)
+        solution = optimize_weights(
+            gather.statistics, total, lam=lam, shrinkage=shrinkage, normalize=normalize, solver=solver, starts=starts,
+            tolerance=tolerance, max_steps=max_steps, learning_rate=learning_rate, seed=seed,
+        )  # fmt: skip
+        weight_std = jackknife_std(
+            gather.statistics, solution, fold_grams, lam=lam, normalize=normalize, tolerance=tolerance
+        )
+        weights, found = solution
+        mixed = torch.tensordot(weights, stack.to("cpu", torch.float64), dims=1).to(stack.dtype)
+        sample_h, sample_h_mixed = _mixing_gap(gather, sample, weights, mixed, found.intensity)
+
+    nan = torch.full((len(names), len(names)), math.nan, dtype=torch.float64)
+    return EnsembleResult(
+        weights=weights,
+        names=names,
+        prompt=mixed,
+        h_score=found.h_score,
+        alignment_loss=found.alignment_loss,
+        objective=found.objective,
+        gap=found.gap,
+        converged=found.converged,
+        source_h_scores=found.source_h_scores,
+        uniform_h_score=found.uniform_h_score,
+        gradient_cosines=nan if total is None else total,
+        weight_std=weight_std,
+        n_images=gather.statistics.num_images,
+        n_classes=len(gather.statistics.classes),
+        n_gradient_images=gather.num_gradient_images,
+        sample_h_score=sample_h,
+        sample_h_score_mixed_prompt=sample_h_mixed,
+        shrinkage_intensity=found.intensity,
+        kept_bytes=gather.statistics.nbytes + sample.nbytes + gather.gradient_bytes,
+        classes=gather.statistics.classes,
+        lam=float(lam),
+        settings={
+            "shrinkage": shrinkage, "normalize": normalize, "solver": solver, "starts": starts, "tolerance": tolerance,
+            "seed": seed, "folds": folds, "gradient_images": gradient_images, "preset": preset,
+            "head": head if isinstance(head, str) else "given", "dtype": str(vit.dtype).removeprefix("torch."),
+        },
+        backbone=vit.info,
+    )  # fmt: skip
+
+
+class _Pass:
+    """One pass over the images: statistics of the features, and gradients of the task loss by fold."""
+
+    def __init__(
+        self,
+        vit: FrozenViT,
+        prompts: Tensor,
+        names: Sequence[str],
+        *,
+        folds: int,
+        keep: Keep,
+        micro_batch: int | None,
+        impl: Impl,
+    ) -> None:
+        self.vit, self.prompts, self.names = vit, prompts, names
+        self.options: dict[str, Any] = {"micro_batch": micro_batch, "impl": impl}
+        self.folds = folds
+        self.statistics = EnsembleStatistics(folds=folds, keep=keep)
+        self.gradients: Tensor | None = None  # [folds, M, p, d], summed over the images of each fold
+        self.num_gradient_images = 0
+
+    @property
+    def gradient_bytes(self) -> int:
+        return 0 if self.gradients is None else self.gradients.numel() * self.gradients.element_size()
+
+    def stream(
+        self,
+        loader: Iterable[Any],
+        report: Reporter,
+        *,
+        sample: ImageSample | None = None,
+        loss: Callable[[Tensor, Tensor, slice], Tensor] | None = None,
+    ) -> None:
+        """Read the loader once. With a loss, each batch goes forward and backward at once."""
+        total = _length(loader)
+        report("images", 0, total)
+        for done, (images, labels) in enumerate(_batches(loader, self.vit), start=1):
+            if loss is None:
+                with torch.no_grad():
+                    features = encode(self.vit, self.prompts, images, **self.options)
+            else:
+                features = self._forward_backward(images, labels, loss)
+            self.statistics.update(features, labels)
+            if sample is not None:
+                sample.update(images, labels, features)
+            report("images", done, total)
+
+    def pull_back_sample(self, head: FittedHead, sample: ImageSample, report: Reporter, group: Any) -> None:
+        """Gradients of closed-form heads, each fitted without the fold that it scores, at the held-out temperature."""
+        parts = [sample.fold(k) for k in range(self.folds)]
+        heads = fit_heads(head, self.statistics, device=self.vit.device)
+        logits, targets = held_out_logits(heads, [f for _, _, f in parts], [y for _, y, _ in parts])
+        logits, targets = _gather(logits, 1, group), _gather(targets, 0, group)
+        heads = [one.sharpened(inverse_temperatures(logits, targets)) for one in heads]
+        report("gradients", 0, self.folds)
+        for k, (images, labels, _) in enumerate(parts):
+            if len(images):
+                self._add_gradients(k, images, labels, heads[k].loss)
+            report("gradients", k + 1, self.folds)
+
+    def _forward_backward(
+        self, images: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor, slice], Tensor]
+    ) -> Tensor:
+        fold_of = torch.arange(self.statistics.num_images, self.statistics.num_images + len(images)) % self.folds
+        features: Tensor | None = None
+        for k in fold_of.unique().tolist():
+            chosen = torch.nonzero(fold_of == k).flatten()
+            part = self._add_gradients(k, images[chosen.to(images.device)], labels[chosen], loss)
+            if features is None:
+                features = part.new_empty(len(part), len(images), part.shape[2])
+            features[:, chosen.to(part.device)] = part
+        assert features is not None
+        return features
+
+    def _add_gradients(
+        self, fold: int, images: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor, slice], Tensor]
+    ) -> Tensor:
+        features, _, gradients = pull_back(
+            self.vit, self.prompts, images, lambda f, m, b: loss(f, labels[b], m), **self.options
+        )
+        if self.gradients is None:
+            self.gradients = gradients.new_zeros(self.folds, *gradients.shape)
+        self.gradients[fold] += gradients
+        self.num_gradient_images += len(images)
+        return features
+
+    def reduce_statistics(self, group: Any) -> None:
+        if group is not None:
+            self.statistics.all_reduce(group)
+
+    def reduce_gradients(self, group: Any) -> Tensor | None:
+        """Gradients [folds, M, ...] over all ranks; every rank must take part, also one without images."""
+        if group is not None:
+            import torch.distributed as dist
+
+            shape = (self.folds, *self.prompts.shape)
+            precise = torch.promote_types(self.vit.dtype, torch.float32)
+            if self.gradients is None:
+                self.gradients = torch.zeros(shape, dtype=precise, device=self.vit.device)
+            count = torch.tensor(self.num_gradient_images, device=self.vit.device)
+            dist.all_reduce(self.gradients, group=group)
+            dist.all_reduce(count, group=group)
+            self.num_gradient_images = int(count)
+        return self.gradients if self.num_gradient_images else None
+
+
+def _resolve(
+    prompts: Prompts,
+    backbone: nn.Module | str | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> tuple[tuple[str, ...], Tensor, FrozenViT]:
+    if dtype is not None and not dtype.is_floating_point:
+        raise OptionError(f"dtype must be a floating point dtype, got {dtype}")
+    pool = prompts if isinstance(prompts, PromptPool) else PromptPool(prompts)
+    if backbone is None:
+        if pool.backbone is None:
+            raise BackboneError("these prompts name no backbone: pass backbone=, a timm model, a FrozenViT or a name")
+        backbone = pool.backbone.name
+    if isinstance(backbone, str):
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        options: dict[str, Any] = {} if pool.backbone is None else {"img_size": pool.backbone.image_size}
+        vit = FrozenViT.from_timm(backbone, device=device, dtype=dtype, **options)
+    elif isinstance(backbone, FrozenViT):
+        vit = backbone
+        if (device is not None and torch.device(device) != vit.device) or dtype not in (None, vit.dtype):
+            vit = copy.deepcopy(vit).to(device=device, dtype=dtype)
+    else:
+        vit = FrozenViT.from_timm(backbone, device=device, dtype=dtype)
+    pool.check_backbone(vit.info)
+    stack = pool.stack()
+    check_prompts(vit, stack)
+    return pool.names, stack, vit
+
+
+def _check_options(lam: float, gradient_images: int | None, folds: int, head: Head) -> None:
+    if not (lam >= 0 and math.isfinite(lam)):
+        raise OptionError(f"lam must be a finite number of at least 0, got {lam}")
+    if folds < 1:
+        raise OptionError(f"folds must be at least 1, got {folds}")
+    if isinstance(head, str) and head not in FITTED:
+        raise OptionError(f"head must be one of {', '.join(map(repr, FITTED))}, or your own; got {head!r}")
+    if gradient_images is not None and gradient_images < 0:
+        raise OptionError(f"gradient_images must be at least 0, got {gradient_images}")
+    if gradient_images == 0 and lam > 0 and isinstance(head, str):
+        raise OptionError("gradient_images=0 leaves nothing to align: set lam=0 as well, or let it have images")
+
+
+def _batches(loader: Iterable[Any], vit: FrozenViT) -> Iterator[tuple[Tensor, Tensor]]:
+    """Checked (images, labels [int64, CPU]) of the loader; its own failures as DataError."""
+    try:
+        iterator = iter(loader)
+    except TypeError as error:
+        raise DataError(f"loader must be an iterable of (images, labels), got {type(loader).__name__}") from error
+    position = 0
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            break
+        except HGPromptError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"the loader failed after {position} batches: {type(error).__name__}: {error}; nothing was kept"
+            ) from error
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            kind = (
+                f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
+            )
+            raise DataError(f"batch {position} of the loader is a {kind}; it must be a pair (images, labels)")
+        try:
+            yield _check_batch(vit, *batch)
+        except DataError as error:
+            raise DataError(f"batch {position} of the loader: {error}") from error
+        position += 1
+
+
+def _check_batch(vit: FrozenViT, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    vit.check_images(images)
+    labels = check_labels(labels, len(images))
+    if images.is_floating_point() and not bool(images.isfinite().all()):
+        bad = torch.nonzero(~images.flatten(1).isfinite().all(1)).flatten().tolist()
+        raise DataError(f"images {bad[:8]} hold NaN or infinity")
+    return images.detach(), labels
+
+
+def _check_problem(statistics: EnsembleStatistics) -> None:
+    if statistics.num_images == 0:
+        raise DataError("the loader gave no images")
+    if len(statistics.classes) < 2:
+        raise DataError(
+            f"all {statistics.num_images} images are of class {statistics.classes[0]}: "
+            "weighing prompts needs at least two classes"
+        )
+
+
+def _grams(gradients: Tensor | None, names: Sequence[str]) -> tuple[Tensor | None, list[Tensor] | None]:
+    """Gram matrix of the whole gradients, and of those without each fold."""
+    if gradients is None:
+        return None, None
+    whole = gradients.sum(0)
+    if not bool(whole.isfinite().all()):
+        bad = [n for n, g in zip(names, whole, strict=True) if not bool(g.isfinite().all())]
+        raise DataError(
+            f"gradients of prompts {bad} are not finite: look for overflow in the head or the compute dtype"
+        )
+    gram = gram_of(whole).cpu()
+    dead = [n for n, k in zip(names, gram.diagonal().tolist(), strict=True) if k == 0]
+    if dead:
+        warnings.warn(
+            f"prompts {dead} have a zero gradient: no direction, left out of the alignment",
+            HGPromptWarning,
+            stacklevel=3,
+        )
+    return gram, [gram_of(whole - part).cpu() for part in gradients]
+
+
+def _mixing_gap(
+    gather: _Pass, sample: ImageSample, weights: Tensor, mixed: Tensor, intensity: float
+) -> tuple[float, float]:
+    """H of the mixed features and of the mixed prompt's features, both on the gradient sample."""
+    images, labels, features = sample.all()
+    if len(labels.unique()) < 2:
+        return math.nan, math.nan
+    blend = torch.tensordot(weights.to(features.device), features.double(), dims=1)
+    with torch.no_grad():
+        under_mixture = encode(gather.vit, mixed[None], images, **gather.options)[0]
+    a, b = (float(h_score(f, labels, shrinkage=intensity)) for f in (blend, under_mixture))
+    return a, b
+
+
+def _gather(part: Tensor, dim: int, group: Any) -> Tensor:
+    """The parts of all ranks, side by side; without a group, the part itself."""
+    if group is None:
+        return part
+    import torch.distributed as dist
+
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, part.cpu(), group=group)
+    return torch.cat(parts, dim=dim)
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None

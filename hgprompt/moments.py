@@ -1,0 +1,191 @@
+"""Second moments of the features of M prompts, jointly, and their class sums; additive over images.
+
+Sums are taken about a pilot centre (the mean of the first batch), in float64, so that a mean far from zero costs no
+digits; merging moves one pilot to the other exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hgprompt.errors import StatisticsError
+
+_IMAGES_AT_ONCE = 1024  # bounds the float64 copy of a batch
+
+
+class Moments:
+    """Sums over images of y = f - centre, for M prompts at once.
+
+    Attributes:
+        count: number of images. centre: pilot [M, h]. sums: Σ y [M, h].
+        rows: M tensors; rows[i] is [h, M-i, h] and holds Σ y_i y_jᵀ for j = i … M-1.
+        class_counts, class_sums: per label, number of images and Σ y [M, h].
+        third, fourth: Σ ‖ȳ‖² ȳ [h] and Σ ‖ȳ‖⁴ [] of the uniform mixture ȳ = mean over prompts of y, which is what
+            Ledoit–Wolf's intensity needs beside second moments.
+    """
+
+    def __init__(self, num_prompts: int, width: int) -> None:
+        self.num_prompts = num_prompts
+        self.width = width
+        self.count = 0
+        self.centre: Tensor | None = None
+        self.sums = torch.zeros(num_prompts, width, dtype=torch.float64)
+        self.rows: list[Tensor] = []
+        self.class_counts: dict[int, int] = {}
+        self.class_sums: dict[int, Tensor] = {}
+        self.third = torch.zeros(width, dtype=torch.float64)
+        self.fourth = torch.zeros((), dtype=torch.float64)
+
+    @staticmethod
+    def bytes_for(num_prompts: int, width: int, num_classes: int) -> int:
+        """Bytes that moments of this size take."""
+        pairs = num_prompts * (num_prompts + 1) // 2
+        return 8 * (pairs * width * width + (num_classes + 2) * num_prompts * width)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept."""
+        return self.bytes_for(self.num_prompts, self.width, len(self.class_sums)) if self.count else 0
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add images: features [M, B, h] floating point, labels [B] int64."""
+        for start in range(0, features.shape[1], _IMAGES_AT_ONCE):
+            chosen = slice(start, start + _IMAGES_AT_ONCE)
+            self._update(features[:, chosen].double(), labels[chosen])
+
+    def _update(self, x: Tensor, labels: Tensor) -> None:
+        if self.centre is None:
+            self.centre = x.mean(1)
+            self._allocate(x.device)
+        y = x - self.centre[:, None]
+        self.count += y.shape[1]
+        self.sums += y.sum(1)
+        for i, row in enumerate(self.rows):
+            row += torch.einsum("bk,mbl->kml", y[i], y[i:])
+        classes, index = labels.unique(return_inverse=True)
+        sums = y.new_zeros(len(classes), self.num_prompts, self.width)
+        sums.index_add_(0, index.to(y.device), y.transpose(0, 1))
+        counts = index.bincount(minlength=len(classes))
+        for label, number, total in zip(classes.tolist(), counts.tolist(), sums, strict=True):
+            self._add_class(label, number, total)
+        mixed = y.mean(0)
+        square = mixed.square().sum(1)
+        self.third += square @ mixed
+        self.fourth += square.square().sum()
+
+    def merge(self, other: Moments) -> None:
+        """Add the images of `other`, which stays as it is."""
+        if other.centre is None:
+            return
+        if self.centre is None:
+            self.centre = other.centre.clone()
+            self._allocate(other.centre.device)
+        shift, n, s = (
+            other.centre - self.centre,
+            other.count,
+            other.sums,
+        )  # y about our centre = theirs + shift
+        self._merge_fourth(other, shift.mean(0))
+        for i, (row, theirs) in enumerate(zip(self.rows, other.rows, strict=True)):
+            cross = torch.einsum("k,ml->kml", s[i] + n * shift[i], shift[i:])
+            row += theirs + cross + torch.einsum("k,ml->kml", shift[i], s[i:])
+        self.count += n
+        self.sums += s + n * shift
+        for label, total in other.class_sums.items():
+            number = other.class_counts[label]
+            self._add_class(label, number, total + number * shift)
+
+    def of_prompt(self, prompt: int) -> Moments:
+        """Moments of one prompt's features alone. Fourth sums are those of a mixture and do not come along."""
+        return self._alone(lambda t: t[prompt : prompt + 1], lambda: self.rows[prompt][:, :1].clone())
+
+    def of_mixture(self) -> Moments:
+        """Moments of the uniform mixture of the prompts' features."""
+        alone = self._alone(lambda t: t.mean(0, keepdim=True), lambda: self.mixed_second()[:, None])
+        alone.third, alone.fourth = self.third.clone(), self.fourth.clone()
+        return alone
+
+    def _alone(self, select: Callable[[Tensor], Tensor], second: Callable[[], Tensor]) -> Moments:
+        alone = Moments(1, self.width)
+        if self.centre is not None:
+            alone.count, alone.centre, alone.sums = (
+                self.count,
+                select(self.centre).clone(),
+                select(self.sums).clone(),
+            )
+            alone.rows = [second()]
+            alone.class_counts = dict(self.class_counts)
+            alone.class_sums = {label: select(total) for label, total in self.class_sums.items()}
+        return alone
+
+    def mixed_second(self) -> Tensor:
+        """Σ ȳ ȳᵀ [h, h] of the uniform mixture, about the pilot centre."""
+        uniform = torch.full((self.num_prompts,), 1 / self.num_prompts, dtype=torch.float64)
+        return self.quadratic(uniform)
+
+    def quadratic(self, weights: Tensor) -> Tensor:
+        """Σ_ij α_i α_j Σ y_i y_jᵀ, [h, h]: second moments of Σ α_i y_i about the pilot centre."""
+        total = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.sums.device)
+        weights = weights.to(total.device)
+        for i, row in enumerate(self.rows):
+            factors = weights[i] * weights[i:]
+            factors[1:] *= 2
+            total += torch.einsum("m,kml->kl", factors, row)
+        return (total + total.T) / 2
+
+    def inner(self, matrix: Tensor) -> Tensor:
+        """⟨G, Σ y_i y_jᵀ⟩ for all pairs, [M, M], with a symmetric G [h, h]."""
+        products = torch.zeros(self.num_prompts, self.num_prompts, dtype=torch.float64, device=self.sums.device)
+        for i, row in enumerate(self.rows):
+            products[i, i:] = torch.einsum("kl,kml->m", matrix, row)
+        return products + products.triu(1).T
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers for `from_state_dict`."""
+        return {
+            "count": self.count, "centre": self.centre, "sums": self.sums, "rows": list(self.rows),
+            "class_counts": dict(self.class_counts), "class_sums": dict(self.class_sums),
+            "third": self.third, "fourth": self.fourth,
+        }  # fmt: skip
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Moments:
+        """The inverse of `state_dict`; copies."""
+        sums = state["sums"]
+        if sums.ndim != 2 or sum(state["class_counts"].values()) != state["count"]:
+            raise StatisticsError("state contradicts itself: class counts do not add up to the number of images")
+        moments = cls(*sums.shape)
+        moments.count = int(state["count"])
+        moments.centre = None if state["centre"] is None else state["centre"].clone()
+        moments.sums, moments.third, moments.fourth = (state[k].clone() for k in ("sums", "third", "fourth"))
+        moments.rows = [row.clone() for row in state["rows"]]
+        moments.class_counts = dict(state["class_counts"])
+        moments.class_sums = {label: total.clone() for label, total in state["class_sums"].items()}
+        return moments
+
+    def _allocate(self, device: torch.device) -> None:
+        m, h = self.num_prompts, self.width
+        self.rows = [torch.zeros(h, m - i, h, dtype=torch.float64, device=device) for i in range(m)]
+        self.sums, self.third, self.fourth = (t.to(device) for t in (self.sums, self.third, self.fourth))
+
+    def _add_class(self, label: int, number: int, total: Tensor) -> None:
+        self.class_counts[label] = self.class_counts.get(label, 0) + number
+        known = self.class_sums.get(label)
+        self.class_sums[label] = total.clone() if known is None else known + total
+
+    def _merge_fourth(self, other: Moments, shift: Tensor) -> None:
+        third, fourth = other.shifted_fourth(shift)
+        self.third += third
+        self.fourth += fourth
+
+    def shifted_fourth(self, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Third and fourth sums of ȳ + shift, by expanding the powers."""
+        n, s, second = self.count, self.sums.mean(0), self.mixed_second()
+        q, d, along = second.trace(), shift.square().sum(), second @ shift
+        third = self.third + q * shift + 2 * along + 2 * (s @ shift) * shift + d * s + n * d * shift
+        fourth = self.fourth + 4 * shift @ along + n * d * d + 4 * self.third @ shift + 2 * d * q + 4 * d * (s @ shift)
+        return third, fourth

@@ -1,0 +1,330 @@
+"""H-score, gradient alignment, and their sum as functions of α, with gradients (Eqs. 4, 5, 8, 9, 10, 12).
+
+Two facts shape this file. Neither features nor normalised gradients depend on α, so everything here is linear
+algebra on what one pass left behind. And the H-score of Eq. 5 saturates at C-1 as soon as N-1 ≤ h, whatever the
+features: the covariance is shrunk by default, towards the multiple of the identity with the same trace,
+
+    H_a(α) = (1-a) · tr(Σ_a⁻¹ Σ_between),   Σ_a = (1-a) Σ + a (tr Σ / h) I,
+
+so that 0 ≤ H_a ≤ C-1, and H_a does not change when α is scaled. The intensity a is estimated once, on the uniform
+mixture, and is the same for every α and every source: with an intensity per source, sources could not be compared.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hgprompt.errors import DataError, OptionError, PromptError, StatisticsError
+from hgprompt.moments import Moments
+from hgprompt.simplex import Vector
+from hgprompt.statistics import EnsembleStatistics, check_labels
+
+Shrinkage = Literal["auto", "ledoit-wolf", "oas"] | float
+
+# Below this intensity, Woodbury's difference of two nearly equal matrices loses the digits that it saves time on.
+_WOODBURY_FROM = 1e-4
+
+
+def h_score(features: Tensor, labels: Tensor, *, shrinkage: Shrinkage = "auto") -> Tensor:
+    """H-score of features for labels: tr(cov(f)⁻¹ cov(E[f|y])), Eq. 5, with shrinkage.
+
+    Args:
+        features: [N, h], floating point; differentiable. Computed in float64.
+        labels: [N], integers from 0 on.
+        shrinkage: "auto" (the default estimator), "ledoit-wolf", "oas", an intensity in [0, 1), or 0.0 for Eq. 5 to
+            the letter (pseudo-inverse where the covariance is singular).
+
+    Returns:
+        [] float64, between 0 and C-1 for C observed classes.
+
+    Raises:
+        DataError: fewer than two classes, labels that are no class indices, features not finite or constant.
+    """
+    if features.ndim != 2 or not features.is_floating_point():
+        raise DataError(f"features must be floating point [N, h], got {list(features.shape)} {features.dtype}")
+    labels = check_labels(labels, len(features))
+    if len(labels.unique()) < 2:
+        raise DataError(f"an H-score needs at least two classes, got {len(labels.unique())} in {len(labels)} images")
+    if not bool(features.isfinite().all()):
+        raise DataError("features are not finite")
+    f = features.double()
+    n, h = f.shape
+    f = f - f.mean(0)
+    if _is_constant(f.detach(), features.detach()):
+        raise DataError("features are constant: they tell nothing about the labels")
+    second = f.detach().T @ f.detach() / n
+    a = resolve_intensity(shrinkage, n, second, f.detach().square().sum(1).square().sum())
+    covariance = (1 - a) * (f.T @ f) / n + a * f.square().sum() / (n * h) * torch.eye(h, dtype=f.dtype, device=f.device)
+    r = _class_means(f[None], labels)[0]
+    if a > 0:
+        return (1 - a) * (r * torch.linalg.solve(covariance, r.T).T).sum()
+    return (r * (torch.linalg.pinv(covariance, hermitian=True, rtol=max(n, h) * 1e-15) @ r.T).T).sum()
+
+
+def alignment_loss(gradients: Tensor, weights: Tensor) -> Tensor:
+    """Gradient alignment loss, Eqs. 8–10: mean over prompts of 1 - ⟨ĝ_i, ĝ_α⟩.
+
+    It is least where g_α points along the mean of the ĝ_i, so at uniform weights, with value 1 - ‖mean ĝ_i‖: a pull
+    towards the uniform ensemble, measured in the geometry of the gradients.
+
+    Args:
+        gradients: [M, ...], normalised here. A prompt whose gradient is zero has no direction and is left out.
+        weights: α [M].
+
+    Returns:
+        [] float64, in [0, 2]; differentiable in both.
+    """
+    if len(gradients) != len(weights) or weights.ndim != 1:
+        raise OptionError(f"{len(gradients)} gradients need weights [{len(gradients)}], got {list(weights.shape)}")
+    g = gradients.double().flatten(1)
+    norms = g.norm(dim=1)
+    alive = norms > 0
+    if not bool(alive.any()):
+        raise PromptError("every gradient is zero: no direction to align")
+    g = g[alive] / norms[alive, None]
+    mixed = weights.double()[alive] @ g
+    mixed = mixed / mixed.norm().clamp_min(1e-30)
+    return (1 - g @ mixed).mean()
+
+
+def gram_of(gradients: Tensor) -> Tensor:
+    """Gram matrix K [M, M] (float64) of the normalised gradients [M, ...]; zero rows for zero gradients."""
+    g = gradients.double().flatten(1)
+    norms = g.norm(dim=1, keepdim=True)
+    g = torch.where(norms > 0, g / norms.clamp_min(1e-300), torch.zeros_like(g))
+    gram = g @ g.T
+    return (gram + gram.T) / 2
+
+
+def resolve_intensity(shrinkage: Shrinkage, n: int, covariance: Tensor, fourth: Tensor) -> float:
+    """Shrinkage intensity in [0, 1].
+
+    Args:
+        shrinkage: as for `h_score`.
+        n: number of images.
+        covariance: Σ [h, h] of centred features (divisor N).
+        fourth: Σ_n ‖f_n‖⁴ of centred features, [].
+
+    Ledoit & Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices"; OAS: Chen, Wiesel,
+    Eldar & Hero 2010, "Shrinkage algorithms for MMSE covariance estimation", Eq. 23 as commonly implemented.
+    """
+    if isinstance(shrinkage, (int, float)) and not isinstance(shrinkage, bool):
+        if not 0 <= shrinkage < 1:
+            raise OptionError(f"a shrinkage intensity must be in [0, 1), got {shrinkage}")
+        return float(shrinkage)
+    h = covariance.shape[0]
+    square = float(covariance.square().sum())
+    mean = float(covariance.trace()) / h
+    distance = square - h * mean * mean  # ‖Σ - μI‖²
+    if distance <= 0:
+        return 1.0 - 1e-12
+    if shrinkage in ("auto", "ledoit-wolf"):
+        intensity = (float(fourth) / n - square) / n / distance
+    elif shrinkage == "oas":
+        intensity = (square / h**2 + mean * mean) / ((n + 1) * distance / h**2)
+    else:
+        raise OptionError(f"shrinkage must be 'auto', 'ledoit-wolf', 'oas' or a number in [0, 1), got {shrinkage!r}")
+    # Fully shrunk, Σ_a would be the same for all features and H_a = 0.
+    return min(max(intensity, 0.0), 1.0 - 1e-12)
+
+
+class HScore:
+    """H_a(α) of the mixed features Σα_i f_i, and its gradient, from the statistics of one pass.
+
+    Args:
+        statistics: of at least two classes.
+        shrinkage: as for `h_score`; an estimated intensity is estimated on the uniform mixture.
+        without_fold: leave the images of one fold out.
+
+    Attributes:
+        intensity: a. num_classes: C. num_images: N.
+
+    Raises:
+        DataError: fewer than two classes. PromptError: a prompt whose features are constant.
+    """
+
+    def __init__(
+        self,
+        statistics: EnsembleStatistics,
+        *,
+        shrinkage: Shrinkage = "auto",
+        without_fold: int | None = None,
+    ) -> None:
+        source: _Features | _Moments
+        if statistics.keeps == "features":
+            source = _Features(*statistics.features_and_labels(without_fold))
+        else:
+            source = _Moments(statistics.moments(without_fold))
+        self._source = source
+        self.num_images = source.n
+        self.num_classes = len(source.r[0])
+        if self.num_classes < 2:
+            raise DataError(f"an H-score needs at least two classes, got {self.num_classes} in {source.n} images")
+        if source.constant:
+            raise PromptError(
+                f"prompts {source.constant} give the same feature for every image: they carry nothing, or blow up "
+                "the network; leave them out"
+            )
+        self.intensity = resolve_intensity(shrinkage, source.n, *source.uniform())
+
+    def __call__(self, weights: Vector) -> tuple[float, Vector]:
+        """α [M] → H and its gradient [M]. Any α but 0; the scale does not matter."""
+        value, gradient = self._source.value_and_gradient(torch.from_numpy(weights), self.intensity)
+        return value, gradient.cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """L_align(α) of Eq. 10 and its gradient, from the Gram matrix K of normalised gradients: 1 - (1ᵀKα/M)/√(αᵀKα).
+
+    Attributes:
+        gram: K [M, M]; a zero diagonal entry marks a prompt without a direction, which is left out of the mean.
+    """
+
+    gram: Vector
+
+    def __call__(self, weights: Vector) -> tuple[float, Vector]:
+        """α [M] → loss and gradient [M]."""
+        alive = np.diagonal(self.gram) > 0
+        if not alive.any():
+            return 0.0, np.zeros_like(weights)
+        mean = self.gram[alive].mean(axis=0)  # ⟨mean ĝ, ĝ_i⟩
+        along = self.gram @ weights
+        square = float(weights @ along)
+        if square <= 1e-30:  # g_α = 0: no direction, no gradient either
+            return 1.0, np.zeros_like(weights)
+        norm = math.sqrt(square)
+        cosine = float(mean @ weights) / norm
+        return 1.0 - cosine, -mean / norm + cosine * along / square
+
+
+@dataclass(frozen=True)
+class Objective:
+    """-H(α)/(C-1) + λ L_align(α), or Eq. 12 to the letter with the raw H.
+
+    Dividing by C-1, the largest value that H can take, makes one λ mean the same on 2 classes and on 100.
+    """
+
+    h_score: HScore
+    alignment: Alignment | None
+    lam: float
+    normalize: bool = True
+
+    def __call__(self, weights: Vector) -> tuple[float, Vector]:
+        """α [M] → value and gradient [M]."""
+        scale = 1 / (self.h_score.num_classes - 1) if self.normalize else 1.0
+        value, gradient = self.h_score(weights)
+        value, gradient = -scale * value, -scale * gradient
+        if self.alignment is not None and self.lam != 0:
+            loss, slope = self.alignment(weights)
+            value, gradient = value + self.lam * loss, gradient + self.lam * slope
+        return value, gradient
+
+
+class _Features:
+    """H from kept features. F [M, N, h] centred, r [M, C, h] = √π_c · (class mean), all float64."""
+
+    def __init__(self, features: Tensor, labels: Tensor) -> None:
+        self.f = features.double()
+        self.f = self.f - self.f.mean(1, keepdim=True)
+        self.n = features.shape[1]
+        if self.n == 0:
+            raise StatisticsError("no images are left")
+        self.constant = [i for i, f in enumerate(features) if _is_constant(self.f[i], f)]
+        self.r = _class_means(self.f, labels)
+
+    def uniform(self) -> tuple[Tensor, Tensor]:
+        mixed = self.f.mean(0)
+        return mixed.T @ mixed / self.n, mixed.square().sum(1).square().sum()
+
+    def value_and_gradient(self, weights: Tensor, a: float) -> tuple[float, Tensor]:
+        weights = weights.to(self.f.device)
+        f = torch.tensordot(weights, self.f, dims=1)
+        r = torch.tensordot(weights, self.r, dims=1)
+        n, h = f.shape
+        sigma = f.square().sum() / (n * h)
+        if n < h and a > _WOODBURY_FROM:
+            inner = (1 - a) * (f @ f.T)
+            inner.diagonal().add_(n * a * sigma)
+            correction = f.T @ torch.cholesky_solve(f @ r.T, torch.linalg.cholesky(inner))
+            z = (r.T - (1 - a) * correction) / (a * sigma)
+        else:
+            z = solve_regularized((1 - a) * (f.T @ f) / n, a * sigma, r.T, n)
+        value = (1 - a) * float((r.T * z).sum())
+        slope = -(1 - a) * (2 / n) * ((1 - a) * ((f @ z) @ z.T) + (a / h) * z.square().sum() * f)
+        gradient = torch.mv(self.f.flatten(1), slope.flatten())
+        return value, gradient + 2 * (1 - a) * torch.mv(self.r.flatten(1), z.T.flatten())
+
+
+class _Moments:
+    """H from moments: Σ(α) = Σ α_i α_j C_ij, with C_ij the h × h covariance of the features of prompts i and j."""
+
+    def __init__(self, moments: Moments) -> None:
+        if moments.count == 0:
+            raise StatisticsError("no images are left")
+        self.moments = moments
+        self.n = moments.count
+        self.mean = moments.sums / self.n
+        assert moments.centre is not None
+        magnitude = (moments.centre + self.mean).square().sum(1)
+        spread = torch.stack([row[:, 0].diagonal().sum() for row in moments.rows]) / self.n - self.mean.square().sum(1)
+        rounding = 2 * torch.finfo(torch.float32).eps
+        self.constant = torch.nonzero(spread <= rounding**2 * magnitude).flatten().tolist()
+        labels = sorted(moments.class_sums)
+        counts = torch.tensor([moments.class_counts[c] for c in labels], dtype=torch.float64, device=self.mean.device)
+        sums = torch.stack([moments.class_sums[c] for c in labels], dim=1)
+        means = sums / counts[:, None] - self.mean[:, None]
+        self.r = means * (counts / self.n).sqrt()[:, None]
+
+    def uniform(self) -> tuple[Tensor, Tensor]:
+        mean = self.mean.mean(0)
+        covariance = self.moments.mixed_second() / self.n - torch.outer(mean, mean)
+        return covariance, self.moments.shifted_fourth(-mean)[1]
+
+    def value_and_gradient(self, weights: Tensor, a: float) -> tuple[float, Tensor]:
+        weights = weights.to(self.mean.device)
+        mean, r = weights @ self.mean, torch.tensordot(weights, self.r, dims=1)
+        covariance = self.moments.quadratic(weights) / self.n - torch.outer(mean, mean)
+        h = len(covariance)
+        z = solve_regularized((1 - a) * covariance, a * covariance.trace() / h, r.T, self.n)
+        value = (1 - a) * float((r.T * z).sum())
+        slope = (1 - a) * z @ z.T
+        slope.diagonal().add_((a / h) * z.square().sum())
+        pairs = self.moments.inner(slope) / self.n - self.mean @ slope @ self.mean.T
+        gradient = -2 * (1 - a) * pairs @ weights
+        return value, gradient + 2 * (1 - a) * torch.mv(self.r.flatten(1), z.T.flatten())
+
+
+def solve_regularized(covariance: Tensor, ridge: Tensor, right: Tensor, n: int) -> Tensor:
+    """(covariance + ridge·I)⁻¹ right; the pseudo-inverse where that is singular (Eq. 5 to the letter)."""
+    matrix = covariance.clone()
+    matrix.diagonal().add_(ridge)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    diagonal = factor.diagonal()
+    if int(info) == 0 and float(diagonal.min()) > 1e-6 * float(diagonal.max()):
+        return torch.cholesky_solve(right, factor)
+    values, vectors = torch.linalg.eigh(matrix)
+    cutoff = max(n, len(matrix)) * torch.finfo(matrix.dtype).eps * values[-1]
+    inverse = torch.where(values > cutoff, 1 / values.clamp_min(1e-300), torch.zeros_like(values))
+    return (vectors * inverse) @ (vectors.T @ right)
+
+
+def _class_means(centred: Tensor, labels: Tensor) -> Tensor:
+    """√π_c · (mean of class c), [M, C, h], of centred features [M, N, h]; classes in ascending order."""
+    classes, index = labels.unique(return_inverse=True)
+    index = index.to(centred.device)
+    sums = centred.new_zeros(len(centred), len(classes), centred.shape[2]).index_add(1, index, centred)
+    counts = index.bincount(minlength=len(classes)).to(centred.dtype)
+    return sums / (counts * centred.shape[1]).sqrt()[:, None]
+
+
+def _is_constant(centred: Tensor, features: Tensor) -> bool:
+    """Spread no larger than the rounding of features that are all the same in their dtype."""
+    rounding = 2 * torch.finfo(features.dtype).eps
+    return bool(centred.square().sum() <= rounding**2 * features.double().square().sum())

@@ -1,0 +1,279 @@
+"""PromptPool: named prompts with their provenance, in memory and as one safetensors file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hgprompt.errors import FileFormatError, PromptError
+
+_FORMAT, _VERSION = "hgprompt-pool", 1
+_PREFIX = "prompts."
+_MAX_NAME = 200
+
+
+@dataclass(frozen=True)
+class BackboneInfo:
+    """Which frozen network prompts were tuned for.
+
+    Attributes:
+        name: architecture, a timm name. fingerprint: SHA-256 of its weights (`hgprompt.backbone.fingerprint`), or ""
+        where it is not known. width: d. depth: number of blocks. image_size: (height, width) in pixels.
+    """
+
+    name: str
+    fingerprint: str
+    width: int
+    depth: int
+    image_size: tuple[int, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self) | {"image_size": list(self.image_size)}
+
+    @classmethod
+    def from_dict(cls, record: Any) -> BackboneInfo:
+        """The inverse of `to_dict`, or FileFormatError."""
+        try:
+            name, fingerprint = record["name"], record["fingerprint"]
+            numbers = [record["width"], record["depth"], *record["image_size"]]
+            good = len(numbers) == 4 and all(type(n) is int and 0 < n < 2**20 for n in numbers)
+            good = (
+                good and isinstance(name, str) and isinstance(fingerprint, str) and len(name) + len(fingerprint) < 1000
+            )
+        except (KeyError, TypeError) as error:
+            raise FileFormatError(f"the backbone's record is incomplete: {error!r}") from error
+        if not good:
+            raise FileFormatError(f"the backbone's record is not understood: {record!r:.200}")
+        return cls(name, fingerprint, numbers[0], numbers[1], (numbers[2], numbers[3]))
+
+
+class PromptPool(Mapping[str, Tensor]):
+    """Named prompts of one shape, for one backbone.
+
+    Args:
+        prompts: {name: [p, d]}, a sequence of [p, d], or a tensor [M, p, d]; deep prompts are [L, p, d] each. Kept as
+            copies on the CPU, in float32 (float64 stays).
+        backbone: which network they were tuned for; None: not known.
+        metadata: {name: record} of where each prompt comes from, JSON-able. Standard keys: task, init_seed,
+            training (a dict), source.
+
+    Raises:
+        PromptError: no prompts, or prompts that are not finite tensors of one shape.
+    """
+
+    def __init__(
+        self,
+        prompts: Mapping[str, Tensor] | Sequence[Tensor] | Tensor,
+        *,
+        backbone: BackboneInfo | None = None,
+        metadata: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self._prompts = {name: _checked(name, prompt) for name, prompt in _named(prompts).items()}
+        if not self._prompts:
+            raise PromptError("there are no prompts: M = 0")
+        names = list(self._prompts)
+        first = self._prompts[names[0]]
+        for name, prompt in self._prompts.items():
+            if prompt.shape != first.shape:
+                raise PromptError(
+                    f"prompts must have one shape: {names[0]!r} is {list(first.shape)}, "
+                    f"{name!r} is {list(prompt.shape)}"
+                )
+        if backbone is not None and (
+            first.shape[-1] != backbone.width or (first.ndim == 3 and len(first) != backbone.depth)
+        ):
+            raise PromptError(f"prompts of shape {list(first.shape)} do not fit {backbone.name}: {backbone}")
+        self.backbone = backbone
+        self.metadata: dict[str, dict[str, Any]] = {name: dict((metadata or {}).get(name, {})) for name in names}
+        unknown = set(metadata or {}) - set(names)
+        if unknown:
+            raise PromptError(f"metadata of prompts that are not here: {sorted(unknown)[:5]}")
+        try:
+            json.dumps(self.metadata, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise PromptError(f"metadata must be JSON-able: {error}") from error
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In order."""
+        return tuple(self._prompts)
+
+    @property
+    def num_tokens(self) -> int:
+        """p."""
+        return self._first.shape[-2]
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return self._first.shape[-1]
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether each prompt has its own tokens for every block."""
+        return self._first.ndim == 3
+
+    def stack(self) -> Tensor:
+        """[M, p, d], or [M, L, p, d] of deep prompts; a copy."""
+        return torch.stack(list(self._prompts.values()))
+
+    def subset(self, names: Sequence[str]) -> PromptPool:
+        """A pool of these prompts alone, in this order."""
+        return PromptPool(
+            {name: self[name] for name in names},
+            backbone=self.backbone,
+            metadata={n: self.metadata[n] for n in names},
+        )
+
+    def without(self, *names: str) -> PromptPool:
+        """A pool of all prompts but these."""
+        for name in names:
+            self[name]  # an error for a mistyped name, not silence
+        return self.subset([name for name in self if name not in names])
+
+    def merge(self, other: PromptPool) -> PromptPool:
+        """A pool of both pools' prompts; they must be of one shape and backbone, and share no name."""
+        both = set(self) & set(other)
+        if both:
+            raise PromptError(f"both pools have prompts named {sorted(both)[:5]}: rename them in one")
+        if self.backbone is not None and other.backbone is not None:
+            self.check_backbone(other.backbone)
+        return PromptPool(
+            {**self, **other},
+            backbone=self.backbone or other.backbone,
+            metadata={**self.metadata, **other.metadata},
+        )
+
+    def check_backbone(self, info: BackboneInfo) -> None:
+        """Raise PromptError if the prompts were tuned for another network; the image size may differ."""
+        mine = self.backbone
+        if mine is None:
+            return
+        same = (mine.width, mine.depth) == (info.width, info.depth)
+        if same and (not mine.fingerprint or not info.fingerprint or mine.fingerprint == info.fingerprint):
+            return
+        raise PromptError(
+            f"the prompts were tuned for backbone {mine.name} ({_short(mine)}), this is {info.name} ({_short(info)}): "
+            "a prompt means nothing to other weights. Load the weights that the pool was made with, or tune new prompts"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the pool as one safetensors file, whole or not at all.
+
+        Raises:
+            OutputError: the place cannot be written to.
+        """
+        from hgprompt.files import write_safetensors
+
+        metadata = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "names": list(self.names),
+            "backbone": None if self.backbone is None else self.backbone.to_dict(),
+            "prompts": self.metadata,
+        }
+        write_safetensors(path, {_PREFIX + name: prompt for name, prompt in self.items()}, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PromptPool:
+        """Read a pool that `save` wrote; the file may come from anybody.
+
+        Raises:
+            FileFormatError: anything but a whole, consistent pool. PromptError: prompts that cannot be used.
+        """
+        from hgprompt.files import read_safetensors
+
+        tensors, metadata = read_safetensors(path)
+        if metadata.get("format") != _FORMAT:
+            raise FileFormatError(f"{path} is a safetensors file, but no prompt pool (PromptPool.save makes one)")
+        if metadata.get("version") != _VERSION:
+            raise FileFormatError(
+                f"{path} is a pool of version {metadata.get('version')!r}, this hgprompt reads {_VERSION}: update it"
+            )
+        names, records = metadata.get("names"), metadata.get("prompts")
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
+            raise FileFormatError(f"{path}: its list of names is not understood")
+        if {_PREFIX + n for n in names} != set(tensors):
+            raise FileFormatError(f"{path}: its names and its tensors do not match")
+        if not isinstance(records, dict) or not all(isinstance(r, dict) for r in records.values()):
+            raise FileFormatError(f"{path}: its records of the prompts are not understood")
+        backbone = metadata.get("backbone")
+        info = None if backbone is None else BackboneInfo.from_dict(backbone)
+        try:
+            return cls({n: tensors[_PREFIX + n] for n in names}, backbone=info, metadata=records)
+        except PromptError as error:
+            raise PromptError(f"{path}: {error}") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self._prompts[name]
+        except KeyError:
+            raise UnknownPromptError(name, self.names) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._prompts)
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __repr__(self) -> str:
+        shape = "×".join(map(str, self._first.shape))
+        return f"PromptPool({len(self)} prompts of {shape}, backbone={self.backbone.name if self.backbone else None})"
+
+    @property
+    def _first(self) -> Tensor:
+        return next(iter(self._prompts.values()))
+
+
+class UnknownPromptError(PromptError, KeyError):
+    """A name that the pool does not have."""
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        near = difflib.get_close_matches(str(name), known, n=3)
+        hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"there are {', '.join(known[:10])}"
+        self._message = f"no prompt is named {name!r}; {hint}"
+        super().__init__(self._message)
+
+    def __str__(self) -> str:  # KeyError would show the quoted repr
+        return self._message
+
+
+def _named(prompts: Any) -> dict[str, Any]:
+    if isinstance(prompts, Mapping):
+        return dict(prompts)
+    if isinstance(prompts, Tensor):
+        if prompts.ndim not in (3, 4):
+            raise PromptError(f"a tensor of prompts must be [M, p, d] or [M, L, p, d], got {list(prompts.shape)}")
+    elif not isinstance(prompts, Sequence) or isinstance(prompts, (str, bytes)):
+        raise PromptError(
+            f"prompts must be a PromptPool, a mapping, a sequence or a tensor, got {type(prompts).__name__}"
+            + ("; PromptPool.load reads a file" if isinstance(prompts, str) else "")
+        )
+    return {f"prompt_{i}": prompt for i, prompt in enumerate(prompts)}
+
+
+def _checked(name: Any, prompt: Any) -> Tensor:
+    if not isinstance(name, str) or not name or len(name) > _MAX_NAME or not name.isprintable():
+        raise PromptError(f"a prompt's name must be 1 to {_MAX_NAME} printable characters, got {name!r:.80}")
+    if not isinstance(prompt, Tensor) or not prompt.is_floating_point() or prompt.ndim not in (2, 3):
+        found = f"{list(prompt.shape)} {prompt.dtype}" if isinstance(prompt, Tensor) else type(prompt).__name__
+        raise PromptError(f"prompt {name!r} must be a floating tensor [p, d] or, if deep, [L, p, d]; got {found}")
+    if prompt.numel() == 0:
+        raise PromptError(f"prompt {name!r} is empty: {list(prompt.shape)}")
+    dtype = torch.float64 if prompt.dtype == torch.float64 else torch.float32
+    prompt = prompt.detach().to("cpu", dtype, copy=True).contiguous()
+    if not bool(prompt.isfinite().all()):
+        raise PromptError(f"prompt {name!r} holds NaN or infinity")
+    return prompt
+
+
+def _short(info: BackboneInfo) -> str:
+    return f"width {info.width}, depth {info.depth}, weights {info.fingerprint[:12] or 'unknown'}"

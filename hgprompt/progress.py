@@ -1,0 +1,62 @@
+"""Progress on request: a bar on stderr, or the caller's own function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+Reporter = Callable[[str, int, int | None], None]
+"""report(stage, done, total): total is None while it is unknown."""
+
+
+class Progress:
+    """Context manager around a Reporter; draws a bar, calls a function, or does nothing."""
+
+    def __init__(self, reporter: Reporter | None, bar: Any = None) -> None:
+        self._reporter = reporter
+        self._bar = bar
+        self._tasks: dict[str, Any] = {}
+
+    @classmethod
+    def of(cls, wanted: bool | Reporter) -> Progress:
+        """False: silence. True: a bar. A callable: that."""
+        if callable(wanted):
+            return cls(wanted)
+        if not wanted:
+            return cls(None)
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as Bar
+
+        columns = (
+            TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        return cls(None, Bar(*columns, console=Console(stderr=True), transient=True))
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        """Report `done` of `total` units of a stage."""
+        if self._reporter is not None:
+            self._reporter(stage, done, total)
+        if self._bar is not None:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bar.add_task(stage, total=total)
+            self._bar.update(self._tasks[stage], completed=done, total=total)

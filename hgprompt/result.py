@@ -1,0 +1,157 @@
+"""EnsembleResult: how much of each prompt to take, the mixed prompt, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hgprompt.errors import FileFormatError
+from hgprompt.pool import BackboneInfo
+
+_TENSORS = ("weights", "prompt", "source_h_scores", "gradient_cosines", "weight_std")
+_DATA_FILE, _REPORT_FILE = "ensemble.safetensors", "report.json"
+
+
+@dataclass(frozen=True, eq=False)
+class EnsembleResult:
+    """What `fast_ensemble` returns.
+
+    Attributes:
+        weights: α [M], float64, on the simplex. names: of the prompts, in the same order.
+        prompt: Σ α_i P_i [p, d] (deep: [L, p, d]), float32 or the prompts' float64: the start for tuning.
+        h_score: H(Σ α_i f_i), raw (at most C-1), shrunk with `shrinkage_intensity`.
+        alignment_loss: L_align(α); NaN without gradients. objective: what was minimised.
+        gap: Frank–Wolfe gap of the objective at α; converged: it reached the tolerance.
+        source_h_scores: H of each prompt alone [M], with the same intensity.
+        uniform_h_score: H at uniform weights: how much there was to gain.
+        gradient_cosines: ⟨ĝ_i, ĝ_j⟩ [M, M]; NaN without gradients.
+        weight_std: jackknife standard error of α [M]; NaN with fewer than two folds.
+        n_images, n_classes: what the pass saw. n_gradient_images: of these, how many the gradients come from.
+        sample_h_score, sample_h_score_mixed_prompt: on the gradient images alone, H of the mixed features and of the
+            features under the mixed prompt: mixing features (Eq. 4) is not mixing prompts (Eq. 2), and their
+            difference says how far apart the two are here. NaN without gradient images.
+        kept_bytes: statistics, gradient images and gradients that the pass kept.
+        classes: observed labels. lam, settings: how it was asked for. backbone: which backbone.
+    """
+
+    weights: Tensor
+    names: tuple[str, ...]
+    prompt: Tensor
+    h_score: float
+    alignment_loss: float
+    objective: float
+    gap: float
+    converged: bool
+    source_h_scores: Tensor
+    uniform_h_score: float
+    gradient_cosines: Tensor
+    weight_std: Tensor
+    n_images: int
+    n_classes: int
+    n_gradient_images: int
+    sample_h_score: float
+    sample_h_score_mixed_prompt: float
+    shrinkage_intensity: float
+    kept_bytes: int
+    classes: tuple[int, ...]
+    lam: float
+    settings: dict[str, Any]
+    backbone: BackboneInfo
+
+    def save(self, directory: str | Path) -> None:
+        """Write `ensemble.safetensors` (all of it) and `report.json` (the numbers, to read) into a directory.
+
+        Each file is replaced as a whole or not at all; the directory is made if it is missing.
+
+        Raises:
+            OutputError: the directory cannot be written.
+        """
+        from hgprompt.files import make_directory, write_safetensors, write_text
+
+        directory = make_directory(directory)
+        record = self._record()
+        write_safetensors(directory / _DATA_FILE, {k: getattr(self, k) for k in _TENSORS}, record)
+        report = {
+            "weights": dict(zip(self.names, self.weights.tolist(), strict=True)),
+            "weight_std": dict(zip(self.names, self.weight_std.tolist(), strict=True)),
+            "source_h_scores": dict(zip(self.names, self.source_h_scores.tolist(), strict=True)),
+            **{k: v for k, v in record.items() if k not in ("format", "version", "names")},
+        }
+        write_text(directory / _REPORT_FILE, json.dumps(jsonable(report), indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> EnsembleResult:
+        """Read what `save` wrote.
+
+        Raises:
+            FileFormatError: a file that is missing, damaged, or something else.
+        """
+        from hgprompt.files import read_safetensors
+
+        path = Path(directory) / _DATA_FILE
+        tensors, record = read_safetensors(path)
+        if record.get("format") != "hgprompt-ensemble" or record.get("version") != 1:
+            raise FileFormatError(f"{path} is no hgprompt ensemble of version 1 (it says {record.get('format')!r})")
+        try:
+            fields = {f.name: record[f.name] for f in dataclasses.fields(cls) if f.name not in _TENSORS}
+            fields |= {name: tensors[name] for name in _TENSORS}
+            fields["names"], fields["classes"] = tuple(fields["names"]), tuple(fields["classes"])
+            fields["backbone"] = BackboneInfo.from_dict(fields["backbone"])
+            for name, value in fields.items():
+                if value is None:
+                    fields[name] = float("nan")
+            result = cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise FileFormatError(f"{path} is incomplete: {error}") from error
+        m = len(result.names)
+        for name, shape in {
+            "weights": (m,), "weight_std": (m,), "source_h_scores": (m,), "gradient_cosines": (m, m)
+        }.items():  # fmt: skip
+            if tuple(tensors[name].shape) != shape:
+                raise FileFormatError(f"{path}: {name} is {list(tensors[name].shape)}, expected {list(shape)}")
+        return result
+
+    def plot(self, path: str | Path) -> None:
+        """Draw weights, source H-scores and gradient cosines into an image file (needs the extra `plots`)."""
+        from hgprompt.plots import plot_ensemble
+
+        plot_ensemble(self, path)
+
+    def __str__(self) -> str:
+        order = torch.argsort(self.weights, descending=True).tolist()
+        width = max(len(name) for name in self.names)
+        lines = [f"{'prompt':{width}}   weight     std  H alone"]
+        lines += [
+            f"{self.names[i]:{width}}   {self.weights[i]:6.3f}  {self.weight_std[i]:6.3f}  "
+            f"{self.source_h_scores[i]:7.3f}"
+            for i in order
+        ]
+        lines.append(
+            f"H {self.h_score:.3f} of at most {self.n_classes - 1} (uniform {self.uniform_h_score:.3f}), "
+            f"alignment loss {self.alignment_loss:.3f}, gap {self.gap:.1e}, "
+            f"{self.n_images} images, {self.n_classes} classes"
+        )
+        return "\n".join(lines)
+
+    def _record(self) -> dict[str, Any]:
+        record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _TENSORS}
+        record["backbone"] = self.backbone.to_dict()
+        plain: dict[str, Any] = jsonable({"format": "hgprompt-ensemble", "version": 1, **record})
+        return plain
+
+
+def jsonable(value: Any) -> Any:
+    """Tuples as lists, NaN as null: JSON has neither."""
+    if isinstance(value, dict):
+        return {k: jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    if isinstance(value, float) and value != value:
+        return None
+    return value

@@ -1,0 +1,341 @@
+"""Streaming class-conditional statistics of the features of M prompts.
+
+Two exact representations of the same problem: the features themselves (N·M·h numbers), or their moments (second
+moments of every pair of prompts and class sums, about M²h²/2 + C·M·h numbers). Features are kept until moments are
+smaller. Everything after the network is float64: it costs nothing beside the network.
+
+Letters in shapes: M prompts, B images of a batch, N images in all, h feature width, C observed classes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hgprompt.errors import DataError, OptionError, StatisticsError
+from hgprompt.moments import Moments
+
+logger = logging.getLogger(__name__)
+
+Keep = Literal["auto", "features", "moments"]
+
+
+class EnsembleStatistics:
+    """What one pass over the data leaves behind.
+
+    Batch size, order and split of the stream do not matter (beyond the last bits), except that image number n goes
+    to fold n mod `folds`, which only the uncertainty of a result depends on.
+
+    Args:
+        folds: groups of images that can be left out again (`Problem` without a fold), for jackknife errors and
+            cross-fitting. Moments are kept once per fold.
+        keep: "features", "moments", or "auto": whichever takes fewer bytes.
+    """
+
+    def __init__(self, *, folds: int = 1, keep: Keep = "auto") -> None:
+        if folds < 1:
+            raise OptionError(f"folds must be at least 1, got {folds}")
+        if keep not in ("auto", "features", "moments"):
+            raise OptionError(f"keep must be 'auto', 'features' or 'moments', got {keep!r}")
+        self.folds = folds
+        self.keep: Keep = keep
+        self._num_images = 0
+        self._shape: tuple[int, int] | None = None
+        self._dtype = torch.float64
+        self._classes: set[int] = set()
+        self._features: list[Tensor] = []
+        self._labels: list[Tensor] = []
+        self._fold_of: list[Tensor] = []
+        self._moments: list[Moments] | None = None
+
+    @property
+    def num_images(self) -> int:
+        """N, images seen."""
+        return self._num_images
+
+    @property
+    def num_prompts(self) -> int:
+        """M."""
+        return self._require_shape()[0]
+
+    @property
+    def width(self) -> int:
+        """h."""
+        return self._require_shape()[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the features that came in first."""
+        self._require_shape()
+        return self._dtype
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """Observed labels, ascending."""
+        return tuple(sorted(self._classes))
+
+    @property
+    def keeps(self) -> Literal["features", "moments"]:
+        """The representation in use now."""
+        return "features" if self._moments is None else "moments"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept."""
+        tensors = [*self._features, *self._labels, *self._fold_of]
+        return sum(t.numel() * t.element_size() for t in tensors) + sum(m.nbytes for m in self._moments or [])
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Take in one batch.
+
+        Args:
+            features: [M, B, h], floating point and finite; kept in their dtype, on their device.
+            labels: [B], integers, at least 0.
+
+        Raises:
+            StatisticsError: the shape differs from that of earlier batches. DataError: labels that are no class
+                indices, or features that are not finite.
+        """
+        if features.ndim != 3 or not features.is_floating_point():
+            raise StatisticsError(
+                f"features must be floating point [M, B, h], got {list(features.shape)} {features.dtype}"
+            )
+        labels = check_labels(labels, features.shape[1])
+        shape = features.shape[0], features.shape[2]
+        if self._shape is None:
+            self._shape, self._dtype = shape, features.dtype
+        elif shape != self._shape:
+            raise StatisticsError(f"features are of (M, h) = {shape}, earlier batches were of {self._shape}")
+        if not bool(features.isfinite().all()):
+            bad = [i for i, f in enumerate(features) if not bool(f.isfinite().all())]
+            raise DataError(
+                f"features of prompt {bad[0]} are not finite (all: {bad[:5]}; batch after image {self._num_images}): "
+                "look for NaN or overflow in the images, the prompts or the compute dtype"
+            )
+        batch = features.shape[1]
+        fold_of = (torch.arange(self._num_images, self._num_images + batch) % self.folds).to(torch.int32)
+        self._num_images += batch
+        self._classes.update(labels.unique().tolist())
+        if self._moments is None:
+            self._features.append(features.detach().clone())
+            self._labels.append(labels)
+            self._fold_of.append(fold_of)
+            if self.keep == "moments" or (self.keep == "auto" and self._moments_are_smaller()):
+                self._to_moments()
+        else:
+            _add_by_fold(self._moments, features.detach(), labels, fold_of)
+
+    def merge(self, other: EnsembleStatistics) -> None:
+        """Take in what another pass over other images has gathered; `other` stays as it is.
+
+        Raises:
+            StatisticsError: other prompts, feature widths or folds.
+        """
+        if other._shape is None:
+            return
+        if self._shape not in (None, other._shape) or self.folds != other.folds:
+            raise StatisticsError(
+                f"cannot merge statistics of (M, h, folds) = {(*other._shape, other.folds)} "
+                f"into {(*(self._shape or ('-', '-')), self.folds)}"
+            )
+        if self._shape is None:
+            self._shape, self._dtype = other._shape, other._dtype
+        self._num_images += other._num_images
+        self._classes |= other._classes
+        if self._moments is None and other._moments is None:
+            self._features += other._features
+            self._labels += other._labels
+            self._fold_of += other._fold_of
+            if self.keep == "auto" and self._moments_are_smaller():
+                self._to_moments()
+            return
+        if self._moments is None:
+            self._to_moments()
+        assert self._moments is not None
+        if other._moments is None:
+            for batch in zip(other._features, other._labels, other._fold_of, strict=True):
+                _add_by_fold(self._moments, *batch)
+        else:
+            for mine, theirs in zip(self._moments, other._moments, strict=True):
+                mine.merge(theirs)
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Merge the statistics of all ranks of a torch.distributed group, on every rank, in rank order.
+
+        Ranks may hold different numbers of images, also none. Fold numbers stay as the ranks dealt them.
+
+        Raises:
+            StatisticsError: no rank has seen an image, or torch.distributed is not initialised.
+        """
+        import torch.distributed as dist
+
+        if not dist.is_available() or not dist.is_initialized():
+            raise StatisticsError("all_reduce needs an initialised torch.distributed process group")
+        states: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(states, _map_tensors(self.state_dict(), lambda t: t.cpu()), group=group)
+        device = self._features[0].device if self._features else None
+        merged = EnsembleStatistics(folds=self.folds, keep=self.keep)
+        for state in states:
+            part = EnsembleStatistics(folds=self.folds, keep=self.keep)
+            part.load_state_dict(state)
+            merged.merge(part)
+        if merged._shape is None:
+            raise StatisticsError("no rank has seen an image")
+        if device is not None:
+            merged._features = [f.to(device) for f in merged._features]
+        self.__dict__.update(merged.__dict__)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain numbers that `load_state_dict` takes back; features as one tensor."""
+        state: dict[str, Any] = {
+            "version": 1,
+            "folds": self.folds,
+            "num_images": self._num_images,
+            "shape": self._shape,
+        }
+        state["dtype"] = str(self._dtype).removeprefix("torch.")
+        if self._moments is not None:
+            state["moments"] = [m.state_dict() for m in self._moments]
+        elif self._features:
+            state["features"] = torch.cat(self._features, dim=1)
+            state["labels"] = torch.cat(self._labels)
+            state["fold_of"] = torch.cat(self._fold_of)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace everything by a state of `state_dict`.
+
+        Raises:
+            StatisticsError: the state is of another version or number of folds, or contradicts itself.
+        """
+        if state.get("version") != 1 or state.get("folds") != self.folds:
+            raise StatisticsError(
+                f"state has version {state.get('version')} and {state.get('folds')} folds; expected 1 and {self.folds}"
+            )
+        shape = state.get("shape")
+        loaded = EnsembleStatistics(folds=self.folds, keep=self.keep)
+        loaded._shape = None if shape is None else (int(shape[0]), int(shape[1]))
+        loaded._num_images = int(state["num_images"])
+        loaded._dtype = getattr(torch, state["dtype"])
+        if "moments" in state:
+            loaded._moments = [Moments.from_state_dict(m) for m in state["moments"]]
+            if len(loaded._moments) != self.folds or sum(m.count for m in loaded._moments) != loaded._num_images:
+                raise StatisticsError("state contradicts itself: moments do not add up to its number of images")
+            loaded._classes = {c for m in loaded._moments for c in m.class_sums}
+        elif loaded._shape is not None:
+            features, labels, fold_of = (state[k] for k in ("features", "labels", "fold_of"))
+            expected = (loaded._shape[0], loaded._num_images, loaded._shape[1])
+            if tuple(features.shape) != expected or len(labels) != len(fold_of) or len(labels) != expected[1]:
+                raise StatisticsError(f"state contradicts itself: features {list(features.shape)}, expected {expected}")
+            loaded._features, loaded._labels, loaded._fold_of = (
+                [features.clone()],
+                [labels.clone()],
+                [fold_of.clone()],
+            )
+            loaded._classes = set(labels.unique().tolist())
+        self.__dict__.update(loaded.__dict__)
+
+    def h_score(self, weights: Tensor, *, shrinkage: Any = "auto") -> float:
+        """H(α) of the mixed features Σα_i f_i (Eqs. 4 and 5); shrinkage as for `hgprompt.h_score`."""
+        from hgprompt.objective import HScore
+
+        weights = torch.as_tensor(weights, dtype=torch.float64)
+        if weights.shape != (self.num_prompts,):
+            raise OptionError(f"weights must be [{self.num_prompts}], got {list(weights.shape)}")
+        return HScore(self, shrinkage=shrinkage)(weights.cpu().numpy())[0]
+
+    def features_and_labels(self, without_fold: int | None = None) -> tuple[Tensor, Tensor]:
+        """Kept features [M, N, h] in their dtype and labels [N], optionally without one fold.
+
+        Raises:
+            StatisticsError: only moments are kept.
+        """
+        if self._moments is not None:
+            raise StatisticsError("features are no longer kept: moments took their place (keep='features' keeps them)")
+        self._require_shape()
+        features, labels = torch.cat(self._features, dim=1), torch.cat(self._labels)
+        if without_fold is not None:
+            chosen = torch.cat(self._fold_of) != without_fold
+            features, labels = features[:, chosen.to(features.device)], labels[chosen]
+        return features, labels
+
+    def moments(self, without_fold: int | None = None) -> Moments:
+        """Moments of all images, optionally without one fold (a new object, whatever is kept)."""
+        if self._moments is None:
+            moments = Moments(*self._require_shape())
+            moments.update(*self.features_and_labels(without_fold))
+            return moments
+        chosen = [m for k, m in enumerate(self._moments) if k != without_fold and m.count]
+        merged = Moments(*self._require_shape())
+        for part in chosen:
+            merged.merge(part)
+        return merged
+
+    def prompt_moments(self, prompt: int) -> list[Moments]:
+        """Moments of one prompt's features alone, fold by fold."""
+        if self._moments is not None:
+            return [m.of_prompt(prompt) for m in self._moments]
+        return self._fold_moments(lambda f: f[prompt : prompt + 1])
+
+    def mixture_moments(self) -> list[Moments]:
+        """Moments of the uniform mixture of the prompts' features, fold by fold."""
+        if self._moments is not None:
+            return [m.of_mixture() for m in self._moments]
+        return self._fold_moments(lambda f: f.double().mean(0, keepdim=True))
+
+    def _fold_moments(self, select: Callable[[Tensor], Tensor]) -> list[Moments]:
+        moments = [Moments(1, self.width) for _ in range(self.folds)]
+        for features, labels, fold_of in zip(self._features, self._labels, self._fold_of, strict=True):
+            _add_by_fold(moments, select(features), labels, fold_of)
+        return moments
+
+    def _require_shape(self) -> tuple[int, int]:
+        if self._shape is None:
+            raise StatisticsError("no images yet: the statistics are empty")
+        return self._shape
+
+    def _moments_are_smaller(self) -> bool:
+        m, h = self._require_shape()
+        return self.folds * Moments.bytes_for(m, h, len(self._classes)) < self.nbytes
+
+    def _to_moments(self) -> None:
+        moments = [Moments(*self._require_shape()) for _ in range(self.folds)]
+        for batch in zip(self._features, self._labels, self._fold_of, strict=True):
+            _add_by_fold(moments, *batch)
+        logger.info("%d images: moments are smaller than features from here on", self._num_images)
+        self._moments, self._features, self._labels, self._fold_of = moments, [], [], []
+
+
+def check_labels(labels: Tensor, expected: int) -> Tensor:
+    """Labels [B] as int64 on the CPU, or DataError."""
+    if not isinstance(labels, Tensor):
+        raise DataError(f"labels must be a torch.Tensor [B] of integers, got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise DataError(f"labels must be integer class indices, got {labels.dtype}")
+    if labels.ndim != 1 or len(labels) != expected:
+        raise DataError(f"labels must be [{expected}], one per image, got {list(labels.shape)}")
+    labels = labels.detach().to("cpu", torch.int64)
+    if expected and int(labels.min()) < 0:
+        raise DataError(f"labels must be class indices from 0 on, got {int(labels.min())}: drop unlabelled images")
+    return labels
+
+
+def _add_by_fold(moments: list[Moments], features: Tensor, labels: Tensor, fold_of: Tensor) -> None:
+    for k, part in enumerate(moments):
+        chosen = fold_of == k
+        if bool(chosen.any()):
+            part.update(features[:, chosen.to(features.device)], labels[chosen])
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {k: _map_tensors(v, function) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_map_tensors(v, function) for v in value]
+    return value

@@ -1,0 +1,220 @@
+"""The task loss of Eq. 8: which head turns features into the loss that is pulled back to the prompts.
+
+The paper leaves the head open. The default is linear discriminant analysis, one head per prompt, in closed form from
+the statistics that the pass has gathered anyway: nothing is trained and no order of the images matters. An image is
+never scored by a head that has seen it: heads are cross-fitted over the folds. Where images are few beside features,
+LDA is right far more often than it is calibrated (cross-entropy far above chance on real tasks at 80 % accuracy), and
+a handful of images would own the gradient; a temperature per prompt, fitted on the held-out images, mends that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hgprompt.errors import DataError, OptionError
+from hgprompt.moments import Moments
+from hgprompt.objective import resolve_intensity, solve_regularized
+from hgprompt.statistics import EnsembleStatistics
+
+# features [b, h] -> logits [b, C], differentiable
+HeadFunction = Callable[[Tensor], Tensor]
+FittedHead = Literal["lda", "shared-lda", "centroid"]
+Head = FittedHead | nn.Module | HeadFunction | Sequence[nn.Module | HeadFunction]
+FITTED: tuple[FittedHead, ...] = ("lda", "shared-lda", "centroid")
+
+
+@dataclass(frozen=True)
+class LinearHeads:
+    """One linear head per prompt, in closed form.
+
+    Attributes:
+        weight: [M, C, h]. bias: [M, C]. classes: labels of the C outputs, ascending [C].
+    """
+
+    weight: Tensor
+    bias: Tensor
+    classes: Tensor
+
+    def loss(self, features: Tensor, labels: Tensor, prompts: slice) -> Tensor:
+        """Summed cross-entropy [m] of features [m, b, h] under the heads of those prompts.
+
+        An image of a class that no other fold has seen has no output to be scored by, and counts nothing.
+        """
+        logits = self.logits(features, prompts)
+        target = self.targets(labels).to(features.device)
+        losses = F.cross_entropy(logits.flatten(0, 1), target.repeat(len(features)), reduction="none")
+        return losses.unflatten(0, features.shape[:2]).sum(1)
+
+    def logits(self, features: Tensor, prompts: slice) -> Tensor:
+        """features [m, b, h] of those prompts → [m, b, C]."""
+        logits = torch.einsum("mbh,mch->mbc", features.to(self.weight), self.weight[prompts])
+        return logits + self.bias[prompts, None]
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """Places of labels [b] among the outputs, -100 (cross_entropy's ignore_index) where there is none."""
+        index = torch.searchsorted(self.classes, labels).clamp_max(len(self.classes) - 1)
+        return torch.where(self.classes[index] == labels, index, -100)
+
+    def sharpened(self, factor: Tensor) -> LinearHeads:
+        """Logits times a factor [M]."""
+        factor = factor.to(self.weight)
+        return LinearHeads(self.weight * factor[:, None, None], self.bias * factor[:, None], self.classes)
+
+
+def fit_heads(kind: FittedHead, statistics: EnsembleStatistics, *, device: torch.device) -> list[LinearHeads]:
+    """Heads for every fold, fitted on the images of all other folds (with one fold: on all).
+
+    Args:
+        kind: "lda": per prompt, shrunk within-class covariance; "shared-lda": one such head for all prompts, on the
+            uniform mixture of their features; "centroid": per prompt, LDA with a multiple of the identity.
+        statistics: of the whole pass.
+        device: where the heads will be used.
+
+    Returns:
+        `folds` LinearHeads in float32 (float64 where the features are).
+    """
+    m = statistics.num_prompts
+    intensity = lda_intensity(statistics)
+    heads: list[list[tuple[Tensor, Tensor, Tensor]]] = []
+    if kind == "shared-lda":
+        by_fold = statistics.mixture_moments()
+        heads = [[_lda(_without(by_fold, k), intensity)] * m for k in range(statistics.folds)]
+    else:
+        heads = [[] for _ in range(statistics.folds)]
+        for i in range(m):
+            by_fold = statistics.prompt_moments(i)
+            for k in range(statistics.folds):
+                heads[k].append(_lda(_without(by_fold, k), 1.0 if kind == "centroid" else intensity))
+    dtype = torch.float64 if statistics.dtype == torch.float64 else torch.float32
+    return [
+        LinearHeads(
+            torch.stack([w for w, _, _ in fold]).to(device, dtype),
+            torch.stack([b for _, b, _ in fold]).to(device, dtype),
+            fold[0][2],
+        )
+        for fold in heads
+    ]
+
+
+def inverse_temperatures(logits: Tensor, targets: Tensor) -> Tensor:
+    """The factors t [M] that minimise the cross-entropy of t · logits (Guo et al. 2017, "On calibration of modern
+    neural networks"), between 1e-4 and 100; 1 where no target is known.
+
+    Args:
+        logits: [M, n, C] of images that the heads have not seen; -inf marks a class that a head does not know.
+        targets: [n], -100 where unknown.
+    """
+    logits, targets = logits[:, targets >= 0].double(), targets[targets >= 0].to(logits.device)
+    ones = torch.ones(len(logits), dtype=torch.float64, device=logits.device)
+    if len(targets) == 0:
+        return ones
+    finite = torch.where(logits.isfinite(), logits, torch.zeros_like(logits))
+    right = finite.gather(2, targets.expand(len(logits), -1)[..., None]).squeeze(2).mean(1)
+    low, high = math.log(1e-4) * ones, math.log(1e2) * ones
+    for _ in range(60):  # cross-entropy is convex in t: bisection on its slope, to the last bit that matters
+        middle = (low + high) / 2
+        slope = ((middle.exp()[:, None, None] * logits).softmax(2) * finite).sum(2).mean(1) - right
+        low, high = torch.where(slope < 0, middle, low), torch.where(slope < 0, high, middle)
+    return ((low + high) / 2).exp()
+
+
+def held_out_logits(
+    heads: Sequence[LinearHeads], features: Sequence[Tensor], labels: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Logits [M, n, C] of all folds' images over the classes of any fold, and targets [n].
+
+    Args:
+        heads: of every fold.
+        features: [M, n_k, h] of images of fold k, which head k has not seen. labels: [n_k].
+    """
+    classes = torch.cat([head.classes for head in heads]).unique()
+    parts, targets = [], []
+    for head, f, y in zip(heads, features, labels, strict=True):
+        if len(y) == 0:
+            continue
+        logits = torch.full((len(f), len(y), len(classes)), -torch.inf, dtype=torch.float64)
+        places = torch.searchsorted(classes, head.classes)
+        logits[:, :, places] = head.logits(f, slice(None)).double().cpu()
+        target = head.targets(y)
+        parts.append(logits)
+        targets.append(torch.where(target >= 0, places[target.clamp_min(0)], -100))
+    if not parts:
+        return torch.zeros(len(heads[0].weight), 0, len(classes)), torch.zeros(0, dtype=torch.int64)
+    return torch.cat(parts, dim=1), torch.cat(targets)
+
+
+def lda_intensity(statistics: EnsembleStatistics) -> float:
+    """Ledoit–Wolf intensity of the uniform mixture: one for all prompts, whatever the H-score is shrunk with."""
+    moments = Moments(1, statistics.width)
+    for part in statistics.mixture_moments():
+        moments.merge(part)
+    mean = moments.sums[0] / moments.count
+    covariance = moments.mixed_second() / moments.count - torch.outer(mean, mean)
+    return resolve_intensity("ledoit-wolf", moments.count, covariance, moments.shifted_fourth(-mean)[1])
+
+
+def given_loss(head: Head, num_prompts: int) -> Callable[[Tensor, Tensor, slice], Tensor]:
+    """Loss of heads that the caller gives: (features [m, b, h], labels [b], prompt indices) → [m], summed over images.
+
+    Raises:
+        OptionError: neither a callable nor M of them. DataError: while running, logits that do not fit the labels.
+    """
+    heads: Sequence[HeadFunction]
+    if isinstance(head, (Sequence, nn.ModuleList)) and not isinstance(head, str) and len(head) == num_prompts:
+        heads = list(head)
+    elif callable(head) and not isinstance(head, nn.ModuleList):
+        heads = [head] * num_prompts
+    else:
+        raise OptionError(
+            f"head must be one of {', '.join(map(repr, FITTED))}, a callable features [b, h] → logits [b, C], "
+            f"or {num_prompts} of these (one per prompt); got {head!r:.80}"
+        )
+
+    def loss(features: Tensor, labels: Tensor, prompts: slice) -> Tensor:
+        labels = labels.to(features.device)
+        total = []
+        for one, x in zip(heads[prompts], features, strict=True):
+            logits = one(x)
+            if logits.ndim != 2 or len(logits) != len(labels) or int(labels.max()) >= logits.shape[1]:
+                raise DataError(
+                    f"the head gives logits {list(logits.shape)} for {len(labels)} images with labels up to "
+                    f"{int(labels.max())}; it must give [b, C] with C above every label"
+                )
+            total.append(
+                F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, labels, reduction="sum")
+            )
+        return torch.stack(total)
+
+    return loss
+
+
+def _lda(moments: Moments, intensity: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight [C, h], bias [C], classes [C] of LDA with priors, from the moments of one prompt's features."""
+    assert moments.centre is not None
+    n, h = moments.count, moments.width
+    classes = sorted(moments.class_sums)
+    counts = torch.tensor([moments.class_counts[c] for c in classes], dtype=torch.float64, device=moments.sums.device)
+    mean = moments.sums[0] / n
+    means = torch.stack([moments.class_sums[c][0] for c in classes]) / counts[:, None] - mean
+    priors = counts / n
+    total = moments.quadratic(torch.ones(1, dtype=torch.float64)) / n - torch.outer(mean, mean)
+    within = total - (means.T * priors) @ means
+    ridge = intensity * within.trace() / h
+    weight = solve_regularized((1 - intensity) * within, ridge, means.T, n).T
+    bias = priors.log() - 0.5 * (means * weight).sum(1) - weight @ (moments.centre[0] + mean)
+    return weight, bias, torch.tensor(classes)
+
+
+def _without(by_fold: Sequence[Moments], fold: int) -> Moments:
+    merged = Moments(by_fold[0].num_prompts, by_fold[0].width)
+    for k, part in enumerate(by_fold):
+        if k != fold or len(by_fold) == 1:
+            merged.merge(part)
+    return merged

@@ -1,0 +1,49 @@
+"""Reservoir sample: uniform, reproducible, blind to the batch size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hgprompt.sample import ImageSample
+
+
+def _fill(n, capacity, batch, seed=0, folds=3):
+    sample = ImageSample(capacity, folds, seed)
+    images = torch.arange(n, dtype=torch.float32).view(n, 1, 1, 1)
+    for i in range(0, n, batch):
+        labels = torch.arange(n)[i : i + batch]
+        sample.update(images[i : i + batch], labels, torch.stack([labels, -labels])[..., None].float())
+    return sample
+
+
+@pytest.mark.parametrize("batch", [1, 7, 100])
+def test_batches_do_not_matter(batch):
+    images, labels, features = _fill(100, 20, batch).all()
+    assert torch.equal(images, _fill(100, 20, 13).all()[0])
+    assert len(images) == 20
+    assert torch.equal(images.flatten().long(), labels)
+    assert torch.equal(features[1, :, 0].long(), -labels)
+    assert torch.equal(labels, labels.sort().values)
+
+
+def test_every_image_has_the_same_chance():
+    counts = torch.zeros(40)
+    for seed in range(600):
+        counts[_fill(40, 10, 40, seed).all()[1]] += 1
+    # Binomial(600, 1/4): standard deviation 10.6; five of them never happen over 40 counts.
+    assert float((counts - 150).abs().max()) < 5 * 10.6
+
+
+def test_folds_are_those_of_the_stream():
+    sample = _fill(50, 15, 8)
+    parts = [sample.fold(k)[1] for k in range(3)]
+    assert all((part % 3 == k).all() for k, part in enumerate(parts))
+    assert sum(map(len, parts)) == 15
+    assert sample.nbytes == 15 * 4 * 3
+
+
+def test_all_and_none():
+    assert len(_fill(30, None, 7)) == 30
+    assert len(_fill(30, 0, 7)) == 0
+    assert len(_fill(30, 0, 7).all()[0]) == 0

@@ -1,0 +1,199 @@
+"""Streaming statistics: any batch size, order, split and representation give the literal float64 formula."""
+
+from __future__ import annotations
+
+import literal
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hgprompt.errors import DataError, OptionError, StatisticsError
+from hgprompt.moments import Moments
+from hgprompt.objective import HScore
+from hgprompt.statistics import EnsembleStatistics
+
+M, H, C = 3, 5, 4
+
+
+def _data(n=60, m=M, h=H, c=C, seed=0, dtype=torch.float64, offset=0.0):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, c, (n,), generator=g)
+    labels[:c] = torch.arange(c)
+    features = torch.randn(m, n, h, generator=g, dtype=torch.float64) + offset
+    features += 0.7 * torch.randn(m, c, h, generator=g, dtype=torch.float64)[:, labels]
+    return features.to(dtype), labels
+
+
+def _stream(features, labels, sizes, **options):
+    statistics = EnsembleStatistics(**options)
+    start = 0
+    for size in sizes:
+        statistics.update(features[:, start : start + size], labels[start : start + size])
+        start += size
+    return statistics
+
+
+def _literal(features, labels, weights, intensity):
+    mixed = np.tensordot(np.asarray(weights), features.double().numpy(), axes=1)
+    return literal.h_score(mixed, labels.numpy(), intensity)
+
+
+WEIGHTS = torch.tensor([0.5, 0.1, 0.4], dtype=torch.float64)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_any_batches_and_order_give_the_literal_value(data):
+    features, labels = _data()
+    keep = data.draw(st.sampled_from(["features", "moments", "auto"]))
+    intensity = data.draw(st.sampled_from([0.0, 0.01, 0.5]))
+    cuts = sorted(data.draw(st.lists(st.integers(0, 60), max_size=6)))
+    sizes = np.diff([0, *cuts, 60]).tolist()
+    order = torch.from_numpy(np.random.default_rng(data.draw(st.integers(0, 99))).permutation(60))
+    statistics = _stream(features[:, order], labels[order], sizes, keep=keep)
+    expected = _literal(features, labels, WEIGHTS, intensity)
+    assert statistics.h_score(WEIGHTS, shrinkage=intensity) == pytest.approx(expected, rel=1e-10)
+    assert statistics.num_images == 60
+    assert statistics.classes == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("keep", ["features", "moments"])
+@pytest.mark.parametrize(("n", "h"), [(200, 8), (20, 40), (9, 8), (8, 8)], ids=str)
+def test_float32_features_stream_to_1e_6(keep, n, h):
+    features, labels = _data(n=n, h=h, dtype=torch.float32, offset=10.0)
+    statistics = _stream(features, labels, [3] * 100, keep=keep)
+    # The statistics take float32 in and lose nothing from there on.
+    assert statistics.h_score(WEIGHTS, shrinkage=0.1) == pytest.approx(
+        _literal(features, labels, WEIGHTS, 0.1), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("keep", ["features", "moments"])
+def test_mean_far_from_zero(keep):
+    features, labels = _data(n=100, offset=0.0)
+    far = features + 1e4
+    near, moved = (_stream(f, labels, [30, 70], keep=keep).h_score(WEIGHTS, shrinkage=0.1) for f in (features, far))
+    assert moved == pytest.approx(near, rel=1e-9)  # 1e4 costs four digits of float64's sixteen, twice
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [("features", "features"), ("features", "moments"), ("moments", "features"), ("moments", "moments")],
+)
+@pytest.mark.parametrize("folds", [1, 3])
+def test_merging_two_halves_equals_the_whole(kinds, folds):
+    features, labels = _data()
+    first = _stream(features[:, :24], labels[:24], [10, 14], keep=kinds[0], folds=folds)
+    second = _stream(features[:, 24:], labels[24:], [36], keep=kinds[1], folds=folds)
+    whole = _stream(features, labels, [60], keep="features", folds=folds)
+    before = second.h_score(WEIGHTS, shrinkage=0.1)
+    first.merge(second)
+    assert second.h_score(WEIGHTS, shrinkage=0.1) == before
+    assert first.num_images == 60
+    for shrinkage in (0.1, "ledoit-wolf", "oas"):
+        assert first.h_score(WEIGHTS, shrinkage=shrinkage) == pytest.approx(
+            whole.h_score(WEIGHTS, shrinkage=shrinkage), rel=1e-9
+        )
+    for k in range(folds) if folds > 1 else []:
+        ours, theirs = (HScore(s, shrinkage=0.1, without_fold=k)(WEIGHTS.numpy())[0] for s in (first, whole))
+        assert ours == pytest.approx(theirs, rel=1e-9)
+    empty = EnsembleStatistics(folds=folds)
+    empty.merge(whole)
+    whole.merge(EnsembleStatistics(folds=folds))
+    assert empty.h_score(WEIGHTS) == pytest.approx(whole.h_score(WEIGHTS), rel=1e-12)
+
+
+def test_folds_partition_the_stream():
+    features, labels = _data(n=24)
+    statistics = _stream(features, labels, [5, 7, 12], folds=4, keep="features")
+    left, left_labels = statistics.features_and_labels(without_fold=1)
+    chosen = torch.arange(24) % 4 != 1
+    assert torch.equal(left, features[:, chosen])
+    assert torch.equal(left_labels, labels[chosen])
+
+
+@pytest.mark.parametrize("keep", ["features", "moments"])
+def test_state_dict_round_trip(keep):
+    features, labels = _data(dtype=torch.float32)
+    statistics = _stream(features[:, :40], labels[:40], [40], keep=keep, folds=2)
+    restored = EnsembleStatistics(folds=2, keep=keep)
+    restored.load_state_dict(statistics.state_dict())
+    for s in (statistics, restored):
+        s.update(features[:, 40:], labels[40:])
+    assert restored.h_score(WEIGHTS) == statistics.h_score(WEIGHTS)
+    assert (restored.classes, restored.nbytes, restored.dtype) == (
+        statistics.classes,
+        statistics.nbytes,
+        torch.float32,
+    )
+    with pytest.raises(StatisticsError, match="folds"):
+        EnsembleStatistics(folds=3).load_state_dict(statistics.state_dict())
+    broken = statistics.state_dict() | {"num_images": 7}
+    with pytest.raises(StatisticsError, match="contradicts"):
+        EnsembleStatistics(folds=2).load_state_dict(broken)
+
+
+def test_the_smaller_representation_is_kept():
+    features, labels = _data(n=400)
+    statistics = EnsembleStatistics()
+    kinds = []
+    for i in range(0, 400, 10):
+        statistics.update(features[:, i : i + 10], labels[i : i + 10])
+        kinds.append(statistics.keeps)
+        assert statistics.nbytes <= max(Moments.bytes_for(M, H, C), features[:, : i + 10].nbytes + 12 * (i + 10))
+    assert kinds[0] == "features"
+    assert kinds[-1] == "moments"
+    assert statistics.nbytes == Moments.bytes_for(M, H, C)
+
+
+def test_moments_of_one_prompt_and_of_the_mixture():
+    features, labels = _data()
+    joint = _stream(features, labels, [60], keep="moments", folds=2)
+    kept = _stream(features, labels, [60], keep="features", folds=2)
+    for ours, theirs in [
+        (joint.prompt_moments(1), kept.prompt_moments(1)),
+        (joint.mixture_moments(), kept.mixture_moments()),
+    ]:
+        for a, b in zip(ours, theirs, strict=True):
+            about_mean = [
+                x.quadratic(torch.ones(1)) / x.count - torch.outer(*[x.sums[0] / x.count] * 2) for x in (a, b)
+            ]
+            torch.testing.assert_close(*about_mean, rtol=1e-10, atol=1e-12)
+            assert a.class_counts == b.class_counts
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "error", "message"),
+    [
+        (torch.zeros(3, 4), torch.zeros(4, dtype=torch.int64), StatisticsError, r"\[M, B, h\]"),
+        (torch.zeros(3, 4, 5), torch.zeros(4), DataError, "integer"),
+        (torch.zeros(3, 4, 5), torch.zeros(4, dtype=torch.bool), DataError, "integer"),
+        (torch.zeros(3, 4, 5), torch.zeros(3, dtype=torch.int64), DataError, r"\[4\]"),
+        (torch.zeros(3, 4, 5), torch.full((4,), -1), DataError, "-1"),
+        (torch.zeros(3, 4, 5), [0, 1, 0, 1], DataError, "list"),
+        (torch.full((3, 4, 5), torch.nan), torch.zeros(4, dtype=torch.int64), DataError, "not finite"),
+        (torch.zeros(2, 4, 5), torch.zeros(4, dtype=torch.int64), StatisticsError, "earlier batches"),
+    ],
+)
+def test_bad_batches_change_nothing(features, labels, error, message):
+    statistics = _stream(*_data(n=8), [8])
+    with pytest.raises(error, match=message):
+        statistics.update(features, labels)
+    assert statistics.num_images == 8
+
+
+def test_empty_statistics_and_bad_options():
+    with pytest.raises(StatisticsError, match="empty"):
+        EnsembleStatistics().h_score(WEIGHTS)
+    with pytest.raises(OptionError, match="folds"):
+        EnsembleStatistics(folds=0)
+    with pytest.raises(OptionError, match="keep"):
+        EnsembleStatistics(keep="both")
+    with pytest.raises(StatisticsError, match="cannot merge"):
+        _stream(*_data(), [60]).merge(_stream(*_data(m=2), [60]))
+    with pytest.raises(StatisticsError, match="no longer kept"):
+        _stream(*_data(), [60], keep="moments").features_and_labels()
+    with pytest.raises(OptionError, match="weights"):
+        _stream(*_data(), [60]).h_score(torch.ones(2))
