@@ -45,7 +45,7 @@ def fast_ensemble(
     seed: int = 0,
     progress: bool | Reporter = False,
     process_group: Any = None,
-    head: Head = "lda",
+    head: Head = "shared-lda",
     gradient_images: int | None = 256,
     folds: int = 8,
     preset: Literal["paper"] | None = None,
@@ -74,8 +74,9 @@ def fast_ensemble(
         progress: True for a bar on stderr, or a callable (stage, done, total or None).
         process_group: a torch.distributed group over whose ranks the images are spread: statistics and gradients
             are reduced over it and every rank returns the same result. None: this process alone.
-        head: whose loss is pulled back to the prompts (Eq. 8): "lda", "shared-lda", "centroid" (closed form, fitted
-            and cross-fitted after the pass), or your own: a module or function features [b, h] → logits [b, C], or
+        head: whose loss is pulled back to the prompts (Eq. 8): "shared-lda", "lda", "centroid" (closed form, fitted
+            and cross-fitted after the pass, see `hgprompt.task_loss`), or
+            your own: a module or function features [b, h] → logits [b, C], or
             one per prompt. Your own is applied during the pass, to every image.
         gradient_images: with a closed-form head, gradients come from a uniform random sample of this many images,
             which is kept while the stream goes by; None: all images are kept. 0 (with lam=0): no gradients. Over a

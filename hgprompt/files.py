@@ -127,15 +127,17 @@ def _read_header(path: Path, file: BinaryIO, max_bytes: int, max_header_bytes: i
         raise FileFormatError(f"{path} is not a regular file")
     if size > max_bytes:
         raise FileFormatError(f"{path} is {size} bytes, over the limit of {max_bytes}")
-    start = file.read(8)
-    if start[:1] == b"\x80" or start[:2] == b"PK":
+    start = file.read(9)
+    # The first eight bytes are a length and may be anything; a header opens with a brace, a pickle never has one there.
+    if start[8:] != b"{" and (start[:1] == b"\x80" or start[:2] == b"PK"):
         raise FileFormatError(
             f"{path} is a pickle (torch.save): loading it could run code, so it is refused; load it where you trust "
             "it, and save the tensors with safetensors.torch.save_file"
         )
     if len(start) < 8:
         raise FileFormatError(f"{path} is truncated: {size} bytes hold no safetensors header")
-    (length,) = struct.unpack("<Q", start)
+    (length,) = struct.unpack("<Q", start[:8])
+    file.seek(8)
     if length > max_header_bytes or length > size - 8:
         raise FileFormatError(
             f"{path} is no safetensors file, or truncated: it claims a header of {length} bytes "

@@ -1,0 +1,143 @@
+"""Files from strangers are data: every damaged, hostile or foreign file is an error of our own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from hgprompt import files
+from hgprompt.errors import FileFormatError, HGPromptError, OutputError
+from hgprompt.files import make_directory, read_safetensors, write_safetensors, write_text
+
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.float64)}
+
+
+def _raw(header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def _entry(begin=0, end=4, shape=(1,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+def test_round_trip_and_same_bytes(tmp_path):
+    for name in ("x", "y"):
+        write_safetensors(tmp_path / name, TENSORS, {"k": [1, "ä"], "a": None})
+    tensors, metadata = read_safetensors(tmp_path / "x")
+    assert all(torch.equal(tensors[k], v) for k, v in TENSORS.items())
+    assert metadata == {"k": [1, "ä"], "a": None}
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["x", "y"]
+
+
+def test_file_of_another_program_has_no_metadata(tmp_path):
+    save_file(TENSORS, tmp_path / "x")
+    assert read_safetensors(tmp_path / "x")[1] == {}
+
+
+HOSTILE = {
+    "empty": b"",
+    "short": b"\x01\x02",
+    "header of 10 GB": struct.pack("<Q", 10 * 2**30) + b"{}",
+    "header past the end": _raw({"a": _entry()}, b"\0" * 4, length=5000),
+    "pickle": pickle.dumps({"a": 1}, protocol=4),
+    "torch.save": b"PK\x03\x04" + b"\0" * 50,
+    "text": b"this is not a tensor file at all, is it?",
+    "no json": _raw(b"{not json}"),
+    "list": _raw([1, 2]),
+    "deep nesting": _raw(b"[" * 100_000),
+    "duplicate keys": _raw(b'{"a": 1, "a": 2}'),
+    "bad dtype": _raw({"a": _entry(dtype="F99")}, b"\0" * 4),
+    "dtype is a list": _raw({"a": _entry(dtype=[])}, b"\0" * 4),
+    "entry is a number": _raw({"a": 7}),
+    "negative shape": _raw({"a": _entry(shape=(-1, -1))}, b"\0" * 4),
+    "shape of floats": _raw({"a": _entry(shape=(1.0,))}, b"\0" * 4),
+    "shape overflows": _raw({"a": _entry(shape=(2**40, 2**40))}, b"\0" * 4),
+    "offsets reversed": _raw({"a": _entry(4, 0)}, b"\0" * 4),
+    "overlap": _raw({"a": _entry(0, 4), "b": _entry(2, 6)}, b"\0" * 6),
+    "gap": _raw({"a": _entry(0, 4), "b": _entry(8, 12)}, b"\0" * 12),
+    "truncated data": _raw({"a": _entry(0, 400, (100,))}, b"\0" * 100),
+    "trailing bytes": _raw({"a": _entry()}, b"\0" * 9),
+    "metadata no json": _raw({"__metadata__": {"hgprompt": "{"}, "a": _entry()}, b"\0" * 4),
+    "metadata is NaN": _raw({"__metadata__": {"hgprompt": '{"a": NaN}'}, "a": _entry()}, b"\0" * 4),
+    "metadata is a list": _raw({"__metadata__": {"hgprompt": "[]"}, "a": _entry()}, b"\0" * 4),
+    "metadata nests": _raw({"__metadata__": {"hgprompt": "[" * 50_000}, "a": _entry()}, b"\0" * 4),
+    "metadata is a number": _raw({"__metadata__": {"hgprompt": 5}, "a": _entry()}, b"\0" * 4),
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_files(tmp_path, content):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(FileFormatError, match=str(tmp_path)):
+        read_safetensors(tmp_path / "x")
+
+
+def test_pickles_are_refused_by_name(tmp_path):
+    torch.save(TENSORS, tmp_path / "x")
+    with pytest.raises(FileFormatError, match=r"pickle.*could run code"):
+        read_safetensors(tmp_path / "x")
+
+
+def test_limits_missing_files_and_folders(tmp_path, monkeypatch):
+    write_safetensors(tmp_path / "x", TENSORS, {})
+    with pytest.raises(FileFormatError, match="over the limit of 10"):
+        read_safetensors(tmp_path / "x", max_bytes=10)
+    with pytest.raises(FileFormatError, match="limit: 20"):
+        read_safetensors(tmp_path / "x", max_header_bytes=20)
+    monkeypatch.setattr(files, "MAX_TENSORS", 1)
+    with pytest.raises(FileFormatError, match="2 tensors"):
+        read_safetensors(tmp_path / "x")
+    with pytest.raises(FileFormatError, match="does not exist"):
+        read_safetensors(tmp_path / "y")
+    with pytest.raises(FileFormatError, match="directory"):
+        read_safetensors(tmp_path)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_mutated_files_never_surprise(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("fuzz") / "x"
+    write_safetensors(path, TENSORS, {"names": ["a"], "n": 1})
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+        if not content:
+            content = bytearray(b"x")
+    path.write_bytes(bytes(content))
+    with contextlib.suppress(HGPromptError):
+        read_safetensors(path)
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["disk full", "interrupt"])
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, error):
+    write_text(tmp_path / "x", "old")
+
+    def fail(descriptor):
+        raise error
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else OutputError):
+        write_text(tmp_path / "x", "new")
+    assert (tmp_path / "x").read_text() == "old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "missing" / "x", tmp_path / "file" / "x"):
+        with pytest.raises(OutputError, match="cannot write"):
+            write_text(path, "")
+    with pytest.raises(OutputError, match="cannot make the directory"):
+        make_directory(tmp_path / "file" / "sub")
