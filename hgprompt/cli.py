@@ -140,14 +140,15 @@ def main() -> None:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
-        typer.secho("interrupted; nothing was written", fg="red", err=True)
-        sys.exit(130)
+        code = 130
     except Exception as error:
         show = getattr(error, "show", None)  # the usage errors of the command line library
         if show is None:
             raise
         show()
         sys.exit(getattr(error, "exit_code", 2))
+    if code == 130:  # Typer's own answer to Ctrl-C
+        typer.secho("interrupted; nothing was written", fg="red", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 

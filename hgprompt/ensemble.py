@@ -131,7 +131,9 @@ def fast_ensemble(
         )
         weights, found = solution
         mixed = torch.tensordot(weights, stack.to("cpu", torch.float64), dims=1).to(stack.dtype)
-        sample_h, sample_h_mixed = _mixing_gap(gather, sample, weights, mixed, found.intensity)
+        sample_h, sample_h_mixed = math.nan, math.nan
+        if process_group is None:  # each rank has a sample of its own, and all must return the same
+            sample_h, sample_h_mixed = _mixing_gap(gather, sample, weights, mixed, found.intensity)
 
     nan = torch.full((len(names), len(names)), math.nan, dtype=torch.float64)
     return EnsembleResult(

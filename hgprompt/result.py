@@ -35,7 +35,7 @@ class EnsembleResult:
         n_images, n_classes: what the pass saw. n_gradient_images: of these, how many the gradients come from.
         sample_h_score, sample_h_score_mixed_prompt: on the gradient images alone, H of the mixed features and of the
             features under the mixed prompt: mixing features (Eq. 4) is not mixing prompts (Eq. 2), and their
-            difference says how far apart the two are here. NaN without gradient images.
+            difference says how far apart the two are here. NaN without gradient images, and over a process group.
         kept_bytes: statistics, gradient images and gradients that the pass kept.
         classes: observed labels. lam, settings: how it was asked for. backbone: which backbone.
     """

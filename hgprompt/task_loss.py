@@ -1,11 +1,10 @@
 """The task loss of Eq. 8: which head turns features into the loss that is pulled back to the prompts.
 
 The paper leaves the head open. The default is one linear discriminant analysis for all prompts, fitted in closed form
-on the uniform mixture of their features: nothing is trained, and no order of the images matters. It asks of every prompt
-the same thing, to fit one head, as the mixed prompt will have one head to fit. With a head of its own, a prompt sits
-near that head's optimum already, and what is left of its gradient is the sampling of the images: measured on real tasks,
-gradients of two halves of the data then have a cosine of about 0, against about 0.8 with the shared head
-(docs/choices.md).
+on the uniform mixture of their features: nothing is trained, and no order of the images matters. It asks the same of
+every prompt, to fit one head, as the mixed prompt will have one head to fit. With a head of its own, a prompt sits near
+that head's optimum already, and what is left of its gradient is the sampling of the images: on real tasks, gradients of
+two halves of the data then have a cosine of about 0, against about 0.8 with the shared head (docs/choices.md).
 
 An image is never scored by a head that has seen it: heads are cross-fitted over the folds. Where images are few beside
 features, LDA is right far more often than it is calibrated, and a handful of images would own the gradient: a

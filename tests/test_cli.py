@@ -1,0 +1,131 @@
+"""The command line as a stranger meets it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import literal
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from hgprompt import FrozenViT, PromptPool
+
+OPTIONS = {"img_size": 32, "depth": 12}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a pool, weights and a small task."""
+    root = tmp_path_factory.mktemp("cli")
+    model = literal.named_vit("vit_tiny_patch16_224", img_size=32)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, root / "weights.safetensors")
+    g = torch.Generator().manual_seed(0)
+    prompts = {name: torch.randn(4, 192, generator=g) for name in ("cats", "dogs", "birds")}
+    pool = PromptPool(prompts, backbone=FrozenViT.from_timm(model).info, metadata={"cats": {"task": "[red]cats"}})
+    PromptPool(prompts).save(root / "nameless.safetensors")
+    pool.save(root / "pool.safetensors")
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("red", "green", "blue")):
+        (root / "task" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.integers(0, 120, (20, 30, 3), dtype=np.uint8)
+            pixels[..., label] += 80
+            Image.fromarray(pixels).save(root / "task" / name / f"{i}.png")
+    return root
+
+
+def _run(place, *arguments, **options):
+    environment = os.environ | {"COLUMNS": "120", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "hgprompt.cli", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=place, env=_env(environment), capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def _env(environment):
+    # The tests may run from a checkout that is not installed.
+    return environment | {"PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+ENSEMBLE = ("ensemble", "pool.safetensors", "task", "--weights", "weights.safetensors", "--device", "cpu")
+
+
+def test_ensemble_and_inspect(place):
+    done = _run(place, *ENSEMBLE, "-o", "out", "--exclude", "birds")
+    assert done.returncode == 0, done.stderr
+    assert "wrote out/ensemble.safetensors" in done.stdout
+    assert "24 images of 3 classes" in done.stdout
+    assert "birds" not in done.stdout
+    assert sorted(os.listdir(place / "out")) == ["ensemble.png", "ensemble.safetensors", "report.json"]
+    again = _run(place, "inspect", "out")
+    assert again.returncode == 0
+    assert "cats" in again.stdout
+    shown = _run(place, "inspect", "pool.safetensors")
+    assert "3 shallow prompts of 4 tokens, 192 wide" in shown.stdout
+    assert "[red]cats" in shown.stdout  # shown, not interpreted
+
+
+def test_json_is_all_there_is_on_stdout(place):
+    done = _run(place, *ENSEMBLE, "-o", "out2", "--json", "--limit", "12", "--no-plot")
+    record = json.loads(done.stdout)
+    assert sum(record["weights"].values()) == pytest.approx(1)
+    assert record["n_images"] == 12
+    assert not (place / "out2" / "ensemble.png").exists()
+    assert json.loads(_run(place, "inspect", "pool.safetensors", "--json").stdout)["backbone"]["width"] == 192
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("ensemble", "pool.safetensors", "nowhere", "--weights", "weights.safetensors"), 1, "no folder of images"),
+        (("ensemble", "nowhere", "task"), 1, "does not exist"),
+        (("ensemble", "weights.safetensors", "task"), 1, "no prompt pool"),
+        (("ensemble", "nameless.safetensors", "task"), 1, "give --backbone"),
+        ((*ENSEMBLE, "--exclude", "cat"), 1, "did you mean 'cats'"),
+        ((*ENSEMBLE, "-o", "weights.safetensors"), 1, "cannot make the directory"),
+        ((*ENSEMBLE, "--shrinkage", "2"), 1, "shrinkage"),
+        ((*ENSEMBLE, "--dtype", "int3"), 1, "--dtype"),
+        ((*ENSEMBLE, "--backbone", "vit_small_patch16_224"), 1, "does not fit"),
+        ((*ENSEMBLE, "--lambda", "-1"), 2, "lambda"),
+        (("ensemble",), 2, "Missing argument"),
+        (("inspect", "task"), 1, "does not exist"),
+        (("dance",), 2, "No such command"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_errors_are_one_line_with_an_exit_code(place, arguments, code, message):
+    done = _run(place, *arguments)
+    assert done.returncode == code
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_help():
+    done = _run(Path(), "ensemble", "--help")
+    assert done.returncode == 0
+    assert "--lambda" in done.stdout
+
+
+def test_ctrl_c_leaves_nothing_behind(place):
+    command = [sys.executable, "-m", "hgprompt.cli", *ENSEMBLE, "-o", "interrupted", "--batch-size", "1"]
+    process = subprocess.Popen(
+        command, cwd=place, env=_env(os.environ | {"OMP_NUM_THREADS": "1"}), stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not (place / "interrupted").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130, error
+    assert "nothing was written" in error
+    assert os.listdir(place / "interrupted") == []

@@ -1,0 +1,34 @@
+"""import hgprompt is quiet and without side effects, also where there is no GPU, no Triton and no Matplotlib."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CHECK = """
+import os, sys, warnings, logging
+warnings.simplefilter("error")
+sys.modules["triton"] = None  # as if it were not installed
+sys.modules["matplotlib"] = None
+before = dict(os.environ)
+import torch
+state = torch.get_rng_state()
+import hgprompt
+assert dict(os.environ) == before
+assert torch.equal(torch.get_rng_state(), state)
+assert not torch.cuda.is_initialized()
+assert "timm" not in sys.modules
+assert "kernels" not in sys.modules
+assert not logging.getLogger().handlers
+assert all(hasattr(hgprompt, name) for name in hgprompt.__all__)
+import hgprompt.kernels.attention
+"""
+
+
+def test_import_is_quiet_and_harmless():
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", CHECK], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("", "")

@@ -1,0 +1,94 @@
+"""EnsembleResult on disk and on paper."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+
+import literal
+import pytest
+import torch
+
+from hgprompt import EnsembleResult, fast_ensemble
+from hgprompt.errors import FileFormatError, HGPromptError, OutputError
+from hgprompt.files import read_safetensors, write_safetensors
+
+
+@pytest.fixture(scope="module")
+def result():
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(40) % 3
+    images = torch.randn(40, 3, 16, 16, generator=g) + labels[:, None, None, None]
+    prompts = {"cats": torch.randn(2, 16, generator=g), "dogs [bold]": torch.randn(2, 16, generator=g)}
+    return fast_ensemble(prompts, [(images, labels)], backbone=literal.tiny_vit())
+
+
+@pytest.fixture(scope="module")
+def result_without_gradients():
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(9) % 3
+    images = torch.randn(9, 3, 16, 16, generator=g)
+    prompts = torch.randn(2, 2, 16, generator=g)
+    return fast_ensemble(prompts, [(images, labels)], backbone=literal.tiny_vit(), lam=0, gradient_images=0)
+
+
+def test_round_trip(result, result_without_gradients, tmp_path):
+    for case in (result, result_without_gradients):
+        case.save(tmp_path / "new" / "folder")
+        loaded = EnsembleResult.load(tmp_path / "new" / "folder")
+        for field in dataclasses.fields(case):
+            ours, theirs = getattr(case, field.name), getattr(loaded, field.name)
+            if isinstance(ours, torch.Tensor):
+                torch.testing.assert_close(theirs, ours, rtol=0, atol=0, equal_nan=True)
+            elif ours == ours:
+                assert theirs == ours, field.name
+            else:
+                assert theirs != theirs, field.name
+    assert sorted(os.listdir(tmp_path / "new" / "folder")) == ["ensemble.safetensors", "report.json"]
+    report = json.loads((tmp_path / "new" / "folder" / "report.json").read_text())
+    assert sum(report["weights"].values()) == pytest.approx(1)
+
+
+def test_text_says_the_weights(result):
+    assert "cats" in str(result)
+    assert "at most 2" in str(result)
+
+
+def test_damaged_and_foreign_files(result, tmp_path):
+    with pytest.raises(FileFormatError, match="does not exist"):
+        EnsembleResult.load(tmp_path)
+    path = tmp_path / "ensemble.safetensors"
+    result.save(tmp_path)
+    tensors, record = read_safetensors(path)
+    write_safetensors(path, tensors, record | {"format": "other"})
+    with pytest.raises(FileFormatError, match="no hgprompt ensemble"):
+        EnsembleResult.load(tmp_path)
+    write_safetensors(path, tensors, {k: v for k, v in record.items() if k != "gap"})
+    with pytest.raises(FileFormatError, match="gap"):
+        EnsembleResult.load(tmp_path)
+    write_safetensors(path, tensors | {"weights": torch.ones(5)}, record)
+    with pytest.raises(FileFormatError, match="weights is"):
+        EnsembleResult.load(tmp_path)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(FileFormatError, match="truncated"):
+        EnsembleResult.load(tmp_path)
+
+
+def test_unwritable_places(result, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot make"):
+        result.save(tmp_path / "file" / "out")
+    with pytest.raises(OutputError, match="figure"):
+        result.plot(tmp_path / "missing" / "plot.png")
+    with pytest.raises(OutputError, match="figure"):
+        result.plot(tmp_path / "plot.magic")
+
+
+def test_plots(result, result_without_gradients, tmp_path, monkeypatch):
+    for i, case in enumerate((result, result_without_gradients)):
+        case.plot(tmp_path / f"{i}.png")
+        assert (tmp_path / f"{i}.png").stat().st_size > 10_000
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(HGPromptError, match="hgprompt\\[plots\\]"):
+        result.plot(tmp_path / "x.png")
