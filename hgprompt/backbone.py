@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -117,7 +118,7 @@ class FrozenViT(nn.Module):
     tokens. Prompts take part in attention and never in the pooling.
 
     Attributes:
-        name: timm's architecture name. width: d = h. depth: L. num_heads, head_dim.
+        name: timm's name, with the tag of its weights. width: d = h. depth: L. num_heads, head_dim.
         image_size: (height, width) in pixels. num_image_tokens: S, patches and prefix (CLS, registers).
         mean, std: normalisation of uint8 images (timm's data config). interpolation: its resize filter.
         info: name and fingerprint, as a PromptPool records them.
@@ -131,7 +132,7 @@ class FrozenViT(nn.Module):
         _require_supported(model)
         source: Any = model
         config = getattr(model, "pretrained_cfg", None) or {}
-        self.name: str = name or config.get("architecture") or type(model).__name__
+        self.name: str = name or _timm_name(config) or type(model).__name__
         self.width: int = source.embed_dim
         self.depth: int = len(source.blocks)
         self.pool: str = source.global_pool
@@ -186,14 +187,17 @@ class FrozenViT(nn.Module):
             BackboneError: the model is of a kind that the encoder does not compute (the message names the part
                 and the reason), or its weights could not be had.
         """
+        name = None
         if isinstance(model_or_name, str):
+            # timm's tag says which pretrained weights; with other weights it would be wrong.
+            name = model_or_name if checkpoint is not None or not pretrained else None
             model = _create(model_or_name, pretrained and checkpoint is None, checkpoint, timm_options)
         elif timm_options or checkpoint is not None:
             raise BackboneError("checkpoint and timm options go with a model name, not with a model already made")
         else:
             model = model_or_name
         first = next(model.parameters(), None)
-        packed = cls(model)
+        packed = cls(model, name=name)
         return packed.to(
             device=device if device is not None else (first.device if first is not None else None),
             dtype=dtype if dtype is not None else (first.dtype if first is not None else torch.float32),
@@ -295,6 +299,12 @@ def fingerprint(model: nn.Module) -> str:
 
 
 _Linear = tuple[Tensor, "Tensor | None"]
+
+
+def _timm_name(config: Mapping[str, Any]) -> str:
+    """architecture.tag, which `timm.create_model` takes back: the tag says which of several pretrained weights."""
+    architecture, tag = config.get("architecture") or "", config.get("tag") or ""
+    return f"{architecture}.{tag}" if architecture and tag else architecture
 
 
 def _refuse(where: str, reason: str) -> NoReturn:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hgprompt import reference
 from hgprompt.backbone import FrozenViT
-from hgprompt.errors import OptionError, PromptError
+from hgprompt.errors import BackboneError, OptionError, PromptError
 
 Impl = Literal["auto", "reference"]
 
@@ -172,6 +172,11 @@ class MultiPromptEncoder(nn.Module):
 
 def check_prompts(backbone: FrozenViT, prompts: Tensor) -> None:
     """Raise PromptError unless prompts are floating [M, p, d] or [M, L, p, d] for this backbone, M ≥ 1."""
+    if not isinstance(backbone, FrozenViT):
+        raise BackboneError(
+            f"backbone must be a FrozenViT, got {type(backbone).__name__}: "
+            "pack a timm model once, with FrozenViT.from_timm"
+        )
     if not isinstance(prompts, Tensor):
         raise PromptError(f"prompts must be a torch.Tensor, got {type(prompts).__name__}")
     shape = list(prompts.shape)

@@ -93,6 +93,17 @@ def test_name_makes_a_model_without_touching_the_global_generator():
     vit = FrozenViT.from_timm("vit_tiny_patch16_224", pretrained=False, img_size=32, depth=1)
     assert torch.equal(torch.get_rng_state(), rng)
     assert vit.name == "vit_tiny_patch16_224"
+
+
+def test_name_of_a_model_has_the_tag_of_its_weights():
+    model = timm.create_model("vit_tiny_patch16_224.augreg_in21k", pretrained=False, depth=1)
+    name = FrozenViT.from_timm(model).name
+    assert name == "vit_tiny_patch16_224.augreg_in21k"
+    assert timm.is_model(name)  # it makes the same model again
+
+
+def test_image_size_of_a_named_model():
+    vit = FrozenViT.from_timm("vit_tiny_patch16_224", pretrained=False, img_size=32, depth=1)
     assert vit.image_size == (32, 32)
 
 

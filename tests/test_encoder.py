@@ -8,7 +8,7 @@ import torch
 
 from hgprompt.backbone import FrozenViT
 from hgprompt.encoder import MultiPromptEncoder, encode, pull_back
-from hgprompt.errors import DataError, OptionError, PromptError
+from hgprompt.errors import BackboneError, DataError, OptionError, PromptError
 
 VARIANTS = [
     {},
@@ -179,6 +179,8 @@ def test_bad_options_and_empty_batch():
     prompts, images = _inputs(dtype=torch.float32)
     with pytest.raises(OptionError, match="micro_batch"):
         encode(vit, prompts, images, micro_batch=0)
+    with pytest.raises(BackboneError, match=r"pack a timm model once, with FrozenViT\.from_timm"):
+        encode(literal.tiny_vit(), prompts, images)
     with pytest.raises(OptionError, match="impl"):
         encode(vit, prompts, images, impl="magic")
     with pytest.raises(DataError):
