@@ -20,7 +20,7 @@ from hgprompt.backbone import FrozenViT
 from hgprompt.encoder import Impl, check_prompts, encode, pull_back, select_engine
 from hgprompt.errors import BackboneError, DataError, HGPromptError, HGPromptWarning, OptionError
 from hgprompt.objective import Shrinkage, gram_of, h_score
-from hgprompt.optimize import Solver, jackknife_std, optimize_weights
+from hgprompt.optimize import Solver, check_options, jackknife_std, optimize_weights
 from hgprompt.pool import PromptPool
 from hgprompt.progress import Progress, Reporter
 from hgprompt.result import EnsembleResult
@@ -102,6 +102,7 @@ def fast_ensemble(
         solver, max_steps, learning_rate = "projected-gradient", 1000, 0.005
     elif preset is not None:
         raise OptionError(f"preset must be None or 'paper', got {preset!r}")
+    check_options(lam=lam, shrinkage=shrinkage, solver=solver, starts=starts)
     _check_options(lam, gradient_images, folds, head)
     fitted = isinstance(head, str)
     # What is made inside inference mode passes no gradient, so a caller's inference mode is suspended.
@@ -127,8 +128,9 @@ def fast_ensemble(
             tolerance=tolerance, max_steps=max_steps, learning_rate=learning_rate, seed=seed,
         )  # fmt: skip
         weight_std = jackknife_std(
-            gather.statistics, solution, fold_grams, lam=lam, normalize=normalize, tolerance=tolerance
-        )
+            gather.statistics, solution, fold_grams, lam=lam, normalize=normalize, solver=solver, tolerance=tolerance,
+            max_steps=max_steps, learning_rate=learning_rate,
+        )  # fmt: skip
         weights, found = solution
         mixed = torch.tensordot(weights, stack.to("cpu", torch.float64), dims=1).to(stack.dtype)
         sample_h, sample_h_mixed = math.nan, math.nan
@@ -303,8 +305,6 @@ def _resolve(
 
 
 def _check_options(lam: float, gradient_images: int | None, folds: int, head: Head) -> None:
-    if not (lam >= 0 and math.isfinite(lam)):
-        raise OptionError(f"lam must be a finite number of at least 0, got {lam}")
     if folds < 1:
         raise OptionError(f"folds must be at least 1, got {folds}")
     if isinstance(head, str) and head not in FITTED:

@@ -114,9 +114,8 @@ def resolve_intensity(shrinkage: Shrinkage, n: int, covariance: Tensor, fourth: 
     Ledoit & Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices"; OAS: Chen, Wiesel,
     Eldar & Hero 2010, "Shrinkage algorithms for MMSE covariance estimation", Eq. 23 as commonly implemented.
     """
-    if isinstance(shrinkage, (int, float)) and not isinstance(shrinkage, bool):
-        if not 0 <= shrinkage < 1:
-            raise OptionError(f"a shrinkage intensity must be in [0, 1), got {shrinkage}")
+    check_shrinkage(shrinkage)
+    if isinstance(shrinkage, (int, float)):
         return float(shrinkage)
     h = covariance.shape[0]
     square = float(covariance.square().sum())
@@ -126,12 +125,17 @@ def resolve_intensity(shrinkage: Shrinkage, n: int, covariance: Tensor, fourth: 
         return 1.0 - 1e-12
     if shrinkage in ("auto", "ledoit-wolf"):
         intensity = (float(fourth) / n - square) / n / distance
-    elif shrinkage == "oas":
-        intensity = (square / h**2 + mean * mean) / ((n + 1) * distance / h**2)
     else:
-        raise OptionError(f"shrinkage must be 'auto', 'ledoit-wolf', 'oas' or a number in [0, 1), got {shrinkage!r}")
+        intensity = (square / h**2 + mean * mean) / ((n + 1) * distance / h**2)
     # Fully shrunk, Σ_a would be the same for all features and H_a = 0.
     return min(max(intensity, 0.0), 1.0 - 1e-12)
+
+
+def check_shrinkage(shrinkage: Shrinkage) -> None:
+    """Raise OptionError for anything that is no shrinkage."""
+    number = isinstance(shrinkage, (int, float)) and not isinstance(shrinkage, bool)
+    if shrinkage not in ("auto", "ledoit-wolf", "oas") and not (number and 0 <= shrinkage < 1):  # type: ignore[operator]
+        raise OptionError(f"shrinkage must be 'auto', 'ledoit-wolf', 'oas' or a number in [0, 1), got {shrinkage!r}")
 
 
 class HScore:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hgprompt import simplex
 from hgprompt.errors import OptionError
-from hgprompt.objective import Alignment, HScore, Objective, Shrinkage
+from hgprompt.objective import Alignment, HScore, Objective, Shrinkage, check_shrinkage
 from hgprompt.simplex import Minimum, Vector
 from hgprompt.statistics import EnsembleStatistics
 
@@ -86,14 +86,16 @@ def optimize_weights(
     Raises:
         DataError, PromptError: statistics that no H-score can be computed from. OptionError: bad arguments.
     """
-    _check(statistics, gram, lam, solver, starts)
+    check_options(lam=lam, shrinkage=shrinkage, solver=solver, starts=starts)
+    size = statistics.num_prompts
+    if gram is not None and tuple(gram.shape) != (size, size):
+        raise OptionError(f"gram must be [{size}, {size}] for {size} prompts, got {list(gram.shape)}")
     objective = Objective(
         HScore(statistics, shrinkage=shrinkage),
         None if gram is None else Alignment(_array(gram)),
         lam,
         normalize,
     )
-    size = statistics.num_prompts
     points = simplex.starting_points(objective, size, starts, seed)
     minima = sorted(
         (_minimize(objective, point, solver, tolerance, max_steps, learning_rate) for point in points),
@@ -125,23 +127,28 @@ def jackknife_std(
     *,
     lam: float,
     normalize: bool = True,
+    solver: Solver = "quasi-newton",
     tolerance: float = 1e-6,
     max_steps: int = 200,
+    learning_rate: float = 0.005,
 ) -> Tensor:
     """Standard error of α [M] by the delete-one-group jackknife over the folds of the statistics.
 
-    Each fold is left out in turn and the problem solved again from the solution, with the same intensity. What is
-    measured is the sampling of the images around this local minimum; another minimum elsewhere stays unseen.
+    Each fold is left out in turn and the problem solved again from the solution (by projected gradient: from uniform,
+    as Algorithm 1 starts), with the same intensity. What is measured is the sampling of the images around this local
+    minimum; another minimum elsewhere stays unseen.
 
     Args:
         statistics: with at least two folds, else the result is NaN.
         solution: of the whole data.
         fold_grams: the Gram matrix without fold k, for every k; None: the H-score alone.
-        lam, normalize, tolerance, max_steps: as for `optimize_weights`.
+        lam, normalize, solver, tolerance, max_steps, learning_rate: as for `optimize_weights`.
     """
     folds, start = statistics.folds, solution.weights.numpy()
     if folds < 2 or statistics.num_images < 2 * folds:
         return torch.full((len(start),), float("nan"), dtype=torch.float64)
+    if solver == "projected-gradient":
+        start = np.full(len(start), 1 / len(start))
     weights = []
     for k in range(folds):
         objective = Objective(
@@ -150,9 +157,22 @@ def jackknife_std(
             lam,
             normalize,
         )
-        weights.append(simplex.quasi_newton(objective, start, tolerance=tolerance, max_steps=max_steps).weights)
+        weights.append(_minimize(objective, start, solver, tolerance, max_steps, learning_rate).weights)
     spread = np.var(np.stack(weights), axis=0)
     return torch.from_numpy(np.sqrt((folds - 1) * spread))
+
+
+def check_options(*, lam: float, shrinkage: Shrinkage, solver: Solver, starts: int) -> None:
+    """Raise OptionError for what can be known to be wrong before any work is done."""
+    if not (lam >= 0 and np.isfinite(lam)):
+        raise OptionError(f"lam must be a finite number of at least 0, got {lam}")
+    check_shrinkage(shrinkage)
+    if solver not in ("quasi-newton", "exponentiated-gradient", "projected-gradient"):
+        raise OptionError(
+            f"solver must be 'quasi-newton', 'exponentiated-gradient' or 'projected-gradient', got {solver!r}"
+        )
+    if starts < 1:
+        raise OptionError(f"starts must be at least 1, got {starts}")
 
 
 def _minimize(
@@ -168,20 +188,6 @@ def _minimize(
     if solver == "exponentiated-gradient":
         return simplex.exponentiated_gradient(objective, start, tolerance=tolerance, max_steps=10 * max_steps)
     return simplex.quasi_newton(objective, start, tolerance=tolerance, max_steps=max_steps)
-
-
-def _check(statistics: EnsembleStatistics, gram: Tensor | None, lam: float, solver: Solver, starts: int) -> None:
-    size = statistics.num_prompts
-    if gram is not None and tuple(gram.shape) != (size, size):
-        raise OptionError(f"gram must be [{size}, {size}] for {size} prompts, got {list(gram.shape)}")
-    if not (lam >= 0 and np.isfinite(lam)):
-        raise OptionError(f"lam must be a finite number of at least 0, got {lam}")
-    if solver not in ("quasi-newton", "exponentiated-gradient", "projected-gradient"):
-        raise OptionError(
-            f"solver must be 'quasi-newton', 'exponentiated-gradient' or 'projected-gradient', got {solver!r}"
-        )
-    if starts < 1:
-        raise OptionError(f"starts must be at least 1, got {starts}")
 
 
 def _array(tensor: Tensor) -> Vector:

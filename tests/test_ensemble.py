@@ -492,3 +492,13 @@ def test_frozen_backbone_is_not_moved():
     assert vit.dtype == torch.float32
     assert low.settings["dtype"] == "bfloat16"
     assert hgprompt.fast_ensemble is fast_ensemble
+
+
+@pytest.mark.parametrize("options", [{"shrinkage": "magic"}, {"solver": "magic"}, {"starts": 0}, {"lam": -1}], ids=str)
+def test_bad_options_are_found_before_the_images_are_read(options):
+    def loader():
+        raise AssertionError("read")
+        yield
+
+    with pytest.raises(OptionError):
+        fast_ensemble(_prompts(), loader(), backbone=literal.tiny_vit(), **options)
