@@ -36,9 +36,9 @@ def plot_ensemble(result: EnsembleResult, path: str | Path) -> None:
     errors = result.weight_std[order].nan_to_num().numpy()
     axes[0].barh(places, result.weights[order].numpy(), color=BLUE, height=0.7)
     axes[0].errorbar(result.weights[order].numpy(), places, xerr=errors, fmt="none", ecolor="black", capsize=3)
-    axes[0].axvline(1 / m, color=GREY, linestyle="--", linewidth=1, label="uniform")
+    axes[0].axvline(1 / m, color=GREY, linestyle="--", linewidth=1)
+    axes[0].annotate(" uniform", (1 / m, m - 0.32), color="0.3", fontsize=9, va="bottom")
     axes[0].set(title="How much of each prompt", xlabel="weight α (± jackknife standard error)", xlim=(0, None))
-    axes[0].legend(frameon=False, loc="lower right")
 
     scores = result.source_h_scores[order].numpy()
     axes[1].scatter(scores, places, color=ORANGE, s=45, label="prompt alone", zorder=3)
@@ -49,7 +49,7 @@ def plot_ensemble(result: EnsembleResult, path: str | Path) -> None:
     axes[1].legend(frameon=False, loc="best", fontsize=9)
     for axis in axes[:2]:
         axis.set_yticks(places, names)
-        axis.set_ylim(m - 0.4, -0.6)
+        axis.set_ylim(m - 0.3, -0.6)
         axis.spines[["top", "right"]].set_visible(False)
 
     if has_gradients:
