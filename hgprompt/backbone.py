@@ -127,7 +127,7 @@ class FrozenViT(nn.Module):
     prefix: Tensor
     patch_position: Tensor | None
 
-    def __init__(self, model: nn.Module, *, name: str | None = None) -> None:
+    def __init__(self, model: nn.Module, *, name: str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         _require_supported(model)
         source: Any = model
@@ -153,11 +153,13 @@ class FrozenViT(nn.Module):
         self.register_buffer("patch_position", patch_position, persistent=False)
         self.mean: tuple[float, ...] = tuple(config.get("mean") or (0.5,) * self.in_channels)
         self.std: tuple[float, ...] = tuple(config.get("std") or (0.5,) * self.in_channels)
-        self._blocks = nn.ModuleList(PackedBlock(b, f"blocks.{i}") for i, b in enumerate(source.blocks))
+        # Block by block into the compute dtype: the whole network in float64 would be the peak of a program's memory.
+        dtype = dtype or source.patch_embed.proj.weight.dtype
+        self._blocks = nn.ModuleList(PackedBlock(b, f"blocks.{i}").to(dtype=dtype) for i, b in enumerate(source.blocks))
         self.num_heads: int = source.blocks[0].attn.num_heads
         self.head_dim: int = source.blocks[0].attn.head_dim
         self.fingerprint = fingerprint(model)
-        self.eval()
+        self.to(dtype).eval()
 
     @classmethod
     def from_timm(
@@ -196,12 +198,8 @@ class FrozenViT(nn.Module):
             raise BackboneError("checkpoint and timm options go with a model name, not with a model already made")
         else:
             model = model_or_name
-        first = next(model.parameters(), None)
-        packed = cls(model, name=name)
-        return packed.to(
-            device=device if device is not None else (first.device if first is not None else None),
-            dtype=dtype if dtype is not None else (first.dtype if first is not None else torch.float32),
-        )
+        packed = cls(model, name=name, dtype=dtype)
+        return packed if device is None else packed.to(device)
 
     @property
     def blocks(self) -> list[PackedBlock]:

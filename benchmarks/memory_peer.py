@@ -1,0 +1,64 @@
+"""Peak memory of the network, ours beside the loop over prompts with timm: `python benchmarks/memory_peer.py [out]`.
+
+ViT-B/16 at 224 pixels, two prompts of 50 tokens, 8 images, forward and backward to the prompts; every case in a process
+of its own. *base* is the peak before the first pass: libraries and weights.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def measure(who: str, dtype_name: str) -> dict[str, float | str]:
+    import literal
+    import timm
+    import torch
+
+    from hgprompt import FrozenViT
+    from hgprompt.encoder import pull_back
+
+    dtype = getattr(torch, dtype_name)
+    model = timm.create_model("vit_base_patch16_224", pretrained=False, num_classes=0).eval().requires_grad_(False)
+    model = model.to(dtype)
+    prompts, images = torch.randn(2, 50, 768, dtype=dtype), torch.randn(8, 3, 224, 224, dtype=dtype)
+    if who == "ours":
+        vit = FrozenViT.from_timm(model)
+        del model
+        base = peak_mb()
+        pull_back(vit, prompts, images, lambda f, m, b: f.square().sum((1, 2)))
+    else:
+        base = peak_mb()
+        for prompt in prompts:
+            leaf = prompt[None].clone().requires_grad_()
+            torch.autograd.grad(literal.features(model, leaf, images).square().sum(), leaf)
+    return {"who": who, "dtype": dtype_name, "base_MB": base, "peak_MB": peak_mb()}
+
+
+def main() -> None:
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        for who in ("ours", "timm loop"):
+            command = [sys.executable, __file__, "--case", who, dtype]
+            rows.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
+            print("{who:10} {dtype:9} base {base_MB:7.0f} MB  peak {peak_MB:7.0f} MB".format(**rows[-1]), flush=True)
+    if len(sys.argv) > 1:
+        with open(sys.argv[1], "w") as file:
+            json.dump({"torch": version("torch"), "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 3 and sys.argv[1] == "--case":
+        print(json.dumps(measure(sys.argv[2], sys.argv[3])))
+    else:
+        main()
