@@ -6,6 +6,7 @@ result = hgprompt.fast_ensemble(prompts, loader)
 import logging as _logging
 
 from hgprompt.backbone import FrozenViT
+from hgprompt.bundled import load_backbone
 from hgprompt.encoder import MultiPromptEncoder, encode
 from hgprompt.ensemble import fast_ensemble
 from hgprompt.errors import (
@@ -50,6 +51,7 @@ __all__ = [
     "fast_ensemble",
     "gram_of",
     "h_score",
+    "load_backbone",
     "optimize_weights",
 ]
 

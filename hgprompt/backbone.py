@@ -119,7 +119,7 @@ class FrozenViT(nn.Module):
 
     Attributes:
         name: timm's name, with the tag of its weights. width: d = h. depth: L. num_heads, head_dim.
-        image_size: (height, width) in pixels. num_image_tokens: S, patches and prefix (CLS, registers).
+        image_size, patch_size: (height, width) in pixels. num_image_tokens: S, patches and prefix (CLS, registers).
         mean, std: normalisation of uint8 images (timm's data config). interpolation: its resize filter.
         info: name and fingerprint, as a PromptPool records them.
     """
@@ -139,6 +139,7 @@ class FrozenViT(nn.Module):
         self.num_prefix_tokens: int = source.num_prefix_tokens
         self.pool_includes_prefix: bool = source.pool_include_prefix
         self.image_size: tuple[int, int] = tuple(source.patch_embed.img_size)
+        self.patch_size: tuple[int, int] = tuple(source.patch_embed.patch_size)
         self.in_channels: int = source.patch_embed.proj.in_channels
         self.interpolation: str = config.get("interpolation") or "bicubic"
         self.num_image_tokens: int = source.patch_embed.num_patches + self.num_prefix_tokens

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hgprompt.backbone import FrozenViT
+from hgprompt.bundled import load_backbone
 from hgprompt.encoder import Impl, check_prompts, encode, pull_back, select_engine
 from hgprompt.errors import BackboneError, DataError, HGPromptError, HGPromptWarning, OptionError
 from hgprompt.objective import Shrinkage, gram_of, h_score
@@ -65,7 +66,7 @@ def fast_ensemble(
         prompts: a PromptPool, {name: [p, d]}, a sequence of [p, d], or a tensor [M, p, d] (deep: [L, p, d] each).
         loader: an iterable of (images [B, 3, H, W], integer labels [B]), read once. Images are normalised floats or
             uint8. Any order will do, also sorted by class; the last batch may be short.
-        backbone: a timm VisionTransformer, a FrozenViT, or a timm model name; None: the one that the pool names.
+        backbone: a timm VisionTransformer, a FrozenViT, "mini" or a timm model name; None: the one that the pool names.
         lam: λ ≥ 0 of Eq. 12, the pull of gradient alignment.
         shrinkage: of the covariance in the H-score: "auto", "ledoit-wolf", "oas", an intensity in [0, 1), or 0.0 for
             Eq. 5 to the letter.
@@ -289,9 +290,8 @@ def _resolve(
             raise BackboneError("these prompts name no backbone: pass backbone=, a timm model, a FrozenViT or a name")
         backbone = pool.backbone.name
     if isinstance(backbone, str):
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         options: dict[str, Any] = {} if pool.backbone is None else {"img_size": pool.backbone.image_size}
-        vit = FrozenViT.from_timm(backbone, device=device, dtype=dtype, **options)
+        vit = load_backbone(backbone, device=device, dtype=dtype, **options)
     elif isinstance(backbone, FrozenViT):
         vit = backbone
         if (device is not None and torch.device(device) != vit.device) or dtype not in (None, vit.dtype):

@@ -48,8 +48,13 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         OutputError: the file cannot be written; what was there before stays.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file, whole or not at all; OutputError as for `write_text`."""
     with _replacing(Path(path)) as file:
-        file.write(text.encode())
+        file.write(content)
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

@@ -1,17 +1,30 @@
-"""Figures. Matplotlib (the extra `plots`) is imported when one is drawn."""
+"""Figures. Matplotlib is imported when one is drawn, and without pyplot: no global state, no window."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hgprompt.errors import HGPromptError, OutputError
+import numpy as np
+
+from hgprompt.errors import OutputError
+from hgprompt.files import write_bytes
 
 if TYPE_CHECKING:
     from hgprompt.result import EnsembleResult
+    from hgprompt.tuning.compare import Comparison
+    from hgprompt.tuning.result import TuneResult
 
-# Okabe & Ito's palette: told apart with any colour vision.
-BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#999999"
+# Okabe & Ito's palette: told apart with any colour vision. Lines differ in dash and marker as well.
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999",
+)  # fmt: skip
+_LINES = (
+    (GREY, ":", "o"), (ORANGE, "-.", "s"), (GREEN, "--", "^"), (BLUE, "-", "D"),
+    (VERMILION, "-", "v"), (PURPLE, "--", "P"), (SKY, "-.", "X"),
+)  # fmt: skip
 
 
 def plot_ensemble(result: EnsembleResult, path: str | Path) -> None:
@@ -21,65 +34,150 @@ def plot_ensemble(result: EnsembleResult, path: str | Path) -> None:
         result: what to draw. path: an image file; its suffix chooses the format.
 
     Raises:
-        HGPromptError: Matplotlib is not installed. OutputError: the file cannot be written.
+        OutputError: the file cannot be written.
     """
-    figure_class = _figure_class()
     order = result.weights.argsort(descending=True).tolist()
     names = [_shortened(result.names[i]) for i in order]
     m = len(names)
     has_gradients = bool(result.gradient_cosines.isfinite().all())
-    height = max(3.2, 0.34 * m + 1.8)
-    figure: Any = figure_class(figsize=(13 if has_gradients else 8.5, height), layout="constrained")
+    figure = _figure(13 if has_gradients else 8.5, max(3.2, 0.34 * m + 1.8))
     axes = figure.subplots(1, 3 if has_gradients else 2, sharey=False)
-    places = list(range(m))
-
     errors = result.weight_std[order].nan_to_num().numpy()
-    axes[0].barh(places, result.weights[order].numpy(), color=BLUE, height=0.7)
-    axes[0].errorbar(result.weights[order].numpy(), places, xerr=errors, fmt="none", ecolor="black", capsize=3)
-    axes[0].axvline(1 / m, color=GREY, linestyle="--", linewidth=1)
-    axes[0].annotate(" uniform", (1 / m, m - 0.32), color="0.3", fontsize=9, va="bottom")
-    axes[0].set(title="How much of each prompt", xlabel="weight α (± jackknife standard error)", xlim=(0, None))
+    _draw_weights(axes[0], names, result.weights[order].numpy(), errors, "± jackknife standard error")
 
     scores = result.source_h_scores[order].numpy()
-    axes[1].scatter(scores, places, color=ORANGE, s=45, label="prompt alone", zorder=3)
+    axes[1].scatter(scores, range(m), color=ORANGE, s=45, label="prompt alone", zorder=3)
     axes[1].axvline(result.h_score, color=BLUE, label="this mixture")
     axes[1].axvline(result.uniform_h_score, color=GREY, linestyle="--", label="uniform mixture")
     axes[1].set(title=f"H-score (at most {result.n_classes - 1})", xlabel="H on the new task")
     axes[1].grid(axis="x", alpha=0.3)
     axes[1].legend(frameon=False, loc="best", fontsize=9)
-    for axis in axes[:2]:
-        axis.set_yticks(places, names)
-        axis.set_ylim(m - 0.3, -0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-
+    _prompt_rows(axes[1], names)
     if has_gradients:
-        cosines = result.gradient_cosines[order][:, order].numpy()
-        picture = axes[2].imshow(cosines, cmap="PuOr", vmin=-1, vmax=1)
-        axes[2].set_xticks(places, names, rotation=45, ha="right")
-        axes[2].set_yticks(places, names)
-        axes[2].set_title("Do the gradients agree? (cosines)")
-        if m <= 14:
-            for i in places:
-                for j in places:
-                    ink = "white" if abs(cosines[i, j]) > 0.65 else "black"
-                    axes[2].text(j, i, f"{cosines[i, j]:.2f}", ha="center", va="center", fontsize=8, color=ink)
-        figure.colorbar(picture, ax=axes[2], shrink=0.8)
+        _draw_cosines(figure, axes[2], names, result.gradient_cosines[order][:, order].numpy())
     _save(figure, Path(path))
 
 
-def _figure_class() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise HGPromptError("drawing needs Matplotlib: python -m pip install 'hgprompt[plots]'") from error
-    return Figure  # without pyplot: no global state, no window
+def plot_comparison(comparison: Comparison, title: str, path: str | Path) -> None:
+    """Weights (mean and spread over seeds), gradient cosines (mean), and test accuracy after each epoch per start.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    weights = np.stack([e.weights.numpy() for e in comparison.ensembles])
+    cosines = np.mean([e.gradient_cosines.numpy() for e in comparison.ensembles], axis=0)
+    order = np.argsort(-weights.mean(0), kind="stable")
+    names = [_shortened(comparison.ensembles[0].names[i]) for i in order]
+    has_gradients = bool(np.isfinite(cosines).all())
+    figure = _figure(15 if has_gradients else 10.5, max(4.4, 0.34 * len(names) + 2))
+    ratios = [1, 1.15, 1.5] if has_gradients else [1, 1.5]
+    axes = figure.subplots(1, len(ratios), width_ratios=ratios)
+    seeds = len(comparison.seeds)
+    spread = weights[:, order].std(0, ddof=1) if seeds > 1 else np.zeros(len(order))
+    _draw_weights(axes[0], names, weights.mean(0)[order], spread, f"mean of {seeds} seeds ± standard deviation")
+    if has_gradients:
+        _draw_cosines(figure, axes[1], names, cosines[np.ix_(order, order)])
+    _draw_curves(axes[-1], comparison.starts, comparison.curve_epochs, comparison.curves.numpy())
+    figure.suptitle(title, fontsize=13)
+    _save(figure, Path(path))
+
+
+def plot_tuning(result: TuneResult, path: str | Path) -> None:
+    """Loss and accuracies of one call of `tune`, epoch by epoch.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    figure = _figure(9.5, 3.8)
+    loss, accuracy = figure.subplots(1, 2)
+    epochs = [record["epoch"] for record in result.history]
+    for k, name in enumerate(result.names):
+        colour, dash, marker = _LINES[(k + 3) % len(_LINES)]
+        style = {"color": colour, "marker": marker, "markersize": 4, "markevery": max(1, len(epochs) // 12)}
+        loss.plot(epochs, [r["loss"][k] for r in result.history], linestyle=dash, **style)
+        train = [100 * r["train_accuracy"][k] for r in result.history]
+        accuracy.plot(epochs, train, linestyle=":", color=colour, label=f"{_shortened(name)}, training")
+        tested = [(r["epoch"], 100 * r["test_accuracy"][k]) for r in result.history if "test_accuracy" in r]
+        if tested:
+            accuracy.plot(*zip(*tested, strict=True), linestyle=dash, label=f"{_shortened(name)}, test", **style)
+    loss.set(title="Cross-entropy on training images", xlabel="epoch", ylim=(0, None))
+    accuracy.set(title=f"Accuracy on {_shortened(result.task)}", xlabel="epoch", ylabel="%")
+    accuracy.legend(frameon=False, fontsize=9)
+    for axis in (loss, accuracy):
+        _plain(axis)
+    _save(figure, Path(path))
+
+
+def _draw_curves(axis: Any, starts: Sequence[str], epochs: Sequence[int], curves: np.ndarray) -> None:
+    """Test accuracy [E, S, K] after each of `epochs`: mean over S seeds as a line, their range as a band."""
+    for k, name in enumerate(starts):
+        colour, dash, marker = _LINES[k % len(_LINES)]
+        mean = 100 * curves[:, :, k].mean(1)
+        low, high = 100 * curves[:, :, k].min(1), 100 * curves[:, :, k].max(1)
+        axis.fill_between(epochs, low, high, color=colour, alpha=0.13, linewidth=0)
+        axis.plot(
+            epochs, mean, color=colour, linestyle=dash, marker=marker, markersize=5, label=name,
+            markevery=max(1, len(epochs) // 12),
+        )  # fmt: skip
+    seeds = curves.shape[1]
+    axis.set(
+        title=f"Tuned from each start (mean and range of {seeds} seeds)",
+        xlabel="epoch",
+        ylabel="accuracy on unseen images, %",
+    )
+    axis.set_xticks([epochs[i] for i in np.unique(np.linspace(0, len(epochs) - 1, 10).astype(int))])
+    axis.legend(frameon=False, loc="lower right", fontsize=10)
+    _plain(axis)
+
+
+def _draw_weights(axis: Any, names: Sequence[str], weights: np.ndarray, errors: np.ndarray, spread: str) -> None:
+    m = len(names)
+    axis.barh(range(m), weights, color=BLUE, height=0.7)
+    axis.errorbar(weights, range(m), xerr=errors, fmt="none", ecolor="black", capsize=3)
+    axis.axvline(1 / m, color=GREY, linestyle="--", linewidth=1)
+    axis.annotate(" uniform", (1 / m, m - 0.32), color="0.3", fontsize=9, va="bottom")
+    axis.set(title="How much of each prompt", xlabel=f"weight α ({spread})", xlim=(0, None))
+    _prompt_rows(axis, names)
+
+
+def _draw_cosines(figure: Any, axis: Any, names: Sequence[str], cosines: np.ndarray) -> None:
+    m = len(names)
+    picture = axis.imshow(cosines, cmap="PuOr", vmin=-1, vmax=1)
+    axis.set_xticks(range(m), names, rotation=45, ha="right")
+    axis.set_yticks(range(m), names)
+    axis.set_title("Do the gradients agree? (cosines)")
+    if m <= 14:
+        for i in range(m):
+            for j in range(m):
+                ink = "white" if abs(cosines[i, j]) > 0.65 else "black"
+                axis.text(j, i, f"{cosines[i, j]:.2f}", ha="center", va="center", fontsize=8, color=ink)
+    figure.colorbar(picture, ax=axis, shrink=0.8)
+
+
+def _prompt_rows(axis: Any, names: Sequence[str]) -> None:
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.3, -0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _plain(axis: Any) -> None:
+    axis.grid(axis="y", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _save(figure: Any, path: Path) -> None:
+    drawn = io.BytesIO()
     try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
+        figure.savefig(drawn, dpi=150, format=path.suffix.removeprefix(".") or "png")
+    except ValueError as error:  # a suffix that Matplotlib does not know
         raise OutputError(f"cannot write the figure {path}: {error}") from error
+    write_bytes(path, drawn.getvalue())
 
 
 def _shortened(name: str, length: int = 24) -> str:

@@ -37,9 +37,10 @@ class Progress:
 
         columns = (
             TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
         )  # fmt: skip
-        return cls(None, Bar(*columns, console=Console(stderr=True), transient=True))
+        console = Console(stderr=True)
+        return cls(None, Bar(*columns, console=console, transient=True, disable=not console.is_terminal))
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
@@ -52,11 +53,11 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def __call__(self, stage: str, done: int, total: int | None) -> None:
-        """Report `done` of `total` units of a stage."""
+    def __call__(self, stage: str, done: int, total: int | None, note: str = "") -> None:
+        """Report `done` of `total` units of a stage; the note stands beside a bar."""
         if self._reporter is not None:
             self._reporter(stage, done, total)
         if self._bar is not None:
             if stage not in self._tasks:
-                self._tasks[stage] = self._bar.add_task(stage, total=total)
-            self._bar.update(self._tasks[stage], completed=done, total=total)
+                self._tasks[stage] = self._bar.add_task(stage, total=total, note="")
+            self._bar.update(self._tasks[stage], completed=done, total=total, note=note)

@@ -118,7 +118,7 @@ class EnsembleResult:
         return result
 
     def plot(self, path: str | Path) -> None:
-        """Draw weights, source H-scores and gradient cosines into an image file (needs the extra `plots`)."""
+        """Draw weights, source H-scores and gradient cosines into an image file."""
         from hgprompt.plots import plot_ensemble
 
         plot_ensemble(self, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import timm
 import torch
@@ -109,3 +111,41 @@ def temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
         lambda t: float(F.cross_entropy(np.exp(t) * logits, labels)), bounds=(-9.2, 4.6), options={"xatol": 1e-12}
     )
     return float(np.exp(found.x))
+
+
+def tune(model, start, images, config, classes):
+    """One tuning run, as in VPT's code: a prompt and a linear head, torch's optimiser, autograd throughout."""
+    generator = torch.Generator().manual_seed(config.seed)
+    bound = model.embed_dim**-0.5
+    head = torch.nn.Linear(model.embed_dim, classes)
+    with torch.no_grad():
+        head.weight.copy_((torch.rand(head.weight.shape, generator=generator) * 2 - 1) * bound)
+        head.bias.copy_((torch.rand(head.bias.shape, generator=generator) * 2 - 1) * bound)
+    prompt = start.clone().requires_grad_()
+    scale = config.batch_size / 256
+    kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.AdamW
+    options = {"momentum": 0.9} if config.optimizer == "sgd" else {}
+    groups = [
+        {"params": [prompt], "lr": config.lr * scale},
+        {"params": head.parameters(), "lr": config.head_lr * scale},
+    ]
+    optimizer = kind(groups, weight_decay=config.weight_decay, **options)
+    steps = config.epochs * math.ceil(len(images) / config.batch_size)
+    rising = int(config.warmup * steps)
+    step, losses, dtype = 0, [], model.cls_token.dtype
+    for epoch in range(config.epochs):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
+        for chosen in order.split(config.batch_size):
+            batch = ((images.images[chosen].float() / 255 - 0.5) / 0.5).to(dtype)
+            feature = features(model, prompt[None].to(dtype), batch)[0].float()
+            loss = F.cross_entropy(head(feature), images.labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            up = (step + 1) / (rising + 1)
+            down = 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+            for group, base in zip(optimizer.param_groups, (config.lr, config.head_lr), strict=True):
+                group["lr"] = base * scale * (up if step < rising else down)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            step += 1
+    return prompt.detach(), head, losses

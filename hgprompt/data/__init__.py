@@ -1,5 +1,17 @@
-"""Labelled images on disk."""
+"""Labelled images: folders on disk, decoded images in memory, and procedural tasks."""
 
-from hgprompt.data.folders import ImageDataset, ImageTask, load_task, make_loader
+from hgprompt.data.folders import ImageDataset, ImageTask, decode, load_task, make_loader
+from hgprompt.data.images import LabelledImages
+from hgprompt.data.procedural import PROCEDURAL_TASKS, ProceduralTask, render_task
 
-__all__ = ["ImageDataset", "ImageTask", "load_task", "make_loader"]
+__all__ = [
+    "PROCEDURAL_TASKS",
+    "ImageDataset",
+    "ImageTask",
+    "LabelledImages",
+    "ProceduralTask",
+    "decode",
+    "load_task",
+    "make_loader",
+    "render_task",
+]

@@ -7,8 +7,10 @@ backbone normalises them. Files are data from strangers: sizes are checked befor
 from __future__ import annotations
 
 import itertools
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +20,24 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from hgprompt.data.images import LabelledImages
 from hgprompt.errors import DataError, OptionError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 MAX_LINES = 10_000_000
 MAX_PIXELS = 64 * 2**20
+MAX_CACHE_BYTES = 4 * 2**30
+VTAB_ALIASES = (
+    ("cifar", "cifar100"),
+    ("oxford_iiit_pet", "oxford_pet"),
+    ("oxford_flowers102", "flowers102"),
+    ("diabetic_retinopathy", "retinopathy"),
+    ("smallnorb_azi", "smallnorb_azimuth"),
+    ("smallnorb_ele", "smallnorb_elevation"),
+    ("dsprites_loc", "dsprites_location"),
+    ("dsprites_ori", "dsprites_orientation"),
+)
+"""Folder names that the community uses for one and the same task of VTAB-1k."""
 INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -44,6 +59,11 @@ class ImageTask:
     samples: tuple[tuple[Path, int], ...]
     class_names: tuple[str, ...] | None
 
+    @property
+    def num_classes(self) -> int:
+        """C: as many as have names, or one more than the largest label."""
+        return max(label for _, label in self.samples) + 1 if self.class_names is None else len(self.class_names)
+
 
 def load_task(folder: str | Path, split: str = "train800val200") -> ImageTask:
     """The images and labels of a folder.
@@ -51,13 +71,14 @@ def load_task(folder: str | Path, split: str = "train800val200") -> ImageTask:
     Args:
         folder: either VTAB-1k's layout (`<split>.txt` with lines `path label`, paths relative to the folder, and
             optionally `classes.txt` with a name per line), or one sub-folder of images per class: labels are then
-            the places of the sub-folders' names in sorted order.
+            the places of the sub-folders' names in sorted order. A VTAB-1k task that is not there under this name
+            is looked for under its other names (VTAB_ALIASES).
         split: which split file; a folder with sub-folders of images has no splits and ignores it.
 
     Raises:
         DataError: what is wrong, in which file and line.
     """
-    folder = Path(folder)
+    folder = _under_an_alias(Path(folder))
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder of images")
     if (folder / f"{split}.txt").is_file():
@@ -130,6 +151,49 @@ def make_loader(
     return DataLoader(dataset, batch_size, shuffle=shuffle, num_workers=workers, generator=generator)
 
 
+def decode(
+    task: ImageTask,
+    image_size: tuple[int, int],
+    *,
+    interpolation: str = "bicubic",
+    limit: int | None = None,
+    seed: int = 0,
+    max_bytes: int = MAX_CACHE_BYTES,
+    report: Callable[[int, int], None] | None = None,
+) -> LabelledImages:
+    """All images of a task, decoded once and kept in memory; on all cores, for decoders run beside each other.
+
+    Args:
+        limit, seed: only this many images, as for `make_loader`.
+        max_bytes: what the decoded images may take. 1,000 images of 224 × 224 take 150 MB.
+        report: called with (images done, images in all).
+
+    Raises:
+        DataError: an image cannot be read, or the images do not fit.
+    """
+    samples = task.samples if limit is None else balanced(task.samples, limit, seed)
+    height, width = image_size
+    needed = len(samples) * 3 * height * width
+    if needed > max_bytes:
+        raise DataError(
+            f"{task.name}: {len(samples)} images of {width}×{height} take {needed / 2**30:.1f} GiB decoded, over the "
+            f"limit of {max_bytes / 2**30:.1f}: use fewer (limit=), or stream them with make_loader"
+        )
+    dataset = ImageDataset(samples, image_size, interpolation=interpolation)
+    images = torch.empty(len(samples), 3, height, width, dtype=torch.uint8)
+
+    def read(i: int) -> None:
+        images[i] = dataset[i][0]
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+        for done, _ in enumerate(pool.map(read, range(len(samples))), start=1):
+            if report is not None:
+                report(done, len(samples))
+    labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
+    names = task.class_names or tuple(f"class {i}" for i in range(task.num_classes))
+    return LabelledImages(task.name, images, labels, names)
+
+
 def balanced(samples: Sequence[tuple[Path, int]], limit: int, seed: int) -> tuple[tuple[Path, int], ...]:
     """At most `limit` samples, one class after the other in turn, in the order in which they came."""
     if limit < 1:
@@ -157,6 +221,8 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist") from error
+    except Image.DecompressionBombError as error:  # Pillow's own limit comes first where ours is larger
+        raise DataError(f"{path} is too large: {error}") from error
     except Exception as error:  # decoders raise many kinds for damaged files
         raise DataError(f"{path} is no readable image: {type(error).__name__}: {error}") from error
 
@@ -171,6 +237,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _under_an_alias(folder: Path) -> Path:
+    if folder.is_dir():
+        return folder
+    for names in VTAB_ALIASES:
+        if folder.name in names:
+            there = [folder.with_name(name) for name in names if folder.with_name(name).is_dir()]
+            return there[0] if there else folder
+    return folder
 
 
 def _from_split_file(folder: Path, file: Path) -> ImageTask:

@@ -1,4 +1,4 @@
-"""The command line as a stranger meets it: in a process of its own."""
+"""hgprompt ensemble and inspect as a stranger meets them: in a process of their own."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _run(place, *arguments, **options):
 
 def _env(environment):
     # The tests may run from a checkout that is not installed.
-    return environment | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return environment | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 ENSEMBLE = ("ensemble", "pool.safetensors", "task", "--weights", "weights.safetensors", "--device", "cpu")
@@ -127,5 +127,5 @@ def test_ctrl_c_leaves_nothing_behind(place):
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 130, error
-    assert "nothing was written" in error
+    assert "nothing half-written" in error
     assert os.listdir(place / "interrupted") == []

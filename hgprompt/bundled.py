@@ -1,0 +1,81 @@
+"""load_backbone: the bundled mini backbone, or any that timm knows, by name.
+
+"mini" is a ViT with 64-pixel input, 8-pixel patches, width 192, 8 blocks, 3 heads: 3.6 million weights, distilled from
+CLIP ViT-B/16 without labels (recipes/mini). docs/mini.md says what its features are worth.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import nn
+
+from hgprompt.backbone import FrozenViT
+from hgprompt.errors import BackboneError
+from hgprompt.files import read_safetensors
+
+MINI = "mini"
+_MINI_ARCHITECTURE = {"patch_size": 8, "embed_dim": 192, "depth": 8, "num_heads": 3, "num_classes": 0}
+_MINI_SIZE = 64
+_MINI_FILE = "mini.safetensors"
+
+
+def load_backbone(
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    checkpoint: str | None = None,
+    **timm_options: Any,
+) -> FrozenViT:
+    """A frozen backbone by name.
+
+    Args:
+        name: "mini", which comes with hgprompt, or a timm model name.
+        dtype: compute dtype; None: float32, or the model's own.
+        device: None: a GPU if there is one.
+        checkpoint, timm_options: as for `FrozenViT.from_timm`; the mini backbone takes `img_size` alone.
+
+    Raises:
+        BackboneError: no such model, or its weights could not be had.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name != MINI:
+        return FrozenViT.from_timm(name, dtype=dtype, device=device, checkpoint=checkpoint, **timm_options)
+    if checkpoint is not None or set(timm_options) - {"img_size"}:
+        raise BackboneError("the mini backbone comes with its weights: it takes img_size, and nothing else")
+    return FrozenViT(mini_model(timm_options.get("img_size", _MINI_SIZE)), name=MINI, dtype=dtype).to(device)
+
+
+def mini_model(img_size: int | tuple[int, int] = _MINI_SIZE, *, pretrained: bool = True) -> nn.Module:
+    """The mini backbone as a timm VisionTransformer, float32, in eval mode.
+
+    Args:
+        img_size: pixels; other sizes than 64 resample the position embedding.
+        pretrained: False: random weights, for comparison.
+    """
+    from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+    from timm.layers import resample_abs_pos_embed
+    from timm.models.vision_transformer import VisionTransformer
+
+    with torch.random.fork_rng(devices=[]):  # timm initialises weights from the global generator
+        model = VisionTransformer(img_size=img_size, **_MINI_ARCHITECTURE)
+    model.pretrained_cfg = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD, "interpolation": "bicubic"}
+    if pretrained:
+        with resources.as_file(resources.files("hgprompt") / "weights" / _MINI_FILE) as path:
+            state, _ = read_safetensors(path)
+        state = {key: value.float() for key, value in state.items()}
+        if state["pos_embed"].shape != model.pos_embed.shape:
+            state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], list(model.patch_embed.grid_size))
+        model.load_state_dict(state)
+    return model.eval()
+
+
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16 where the processor multiplies it in hardware, float32 elsewhere."""
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32

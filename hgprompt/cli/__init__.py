@@ -1,0 +1,61 @@
+"""The command line: hgprompt demo, train-source, ensemble, tune, inspect."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from hgprompt.cli.demo import demo
+from hgprompt.cli.ensemble import ensemble
+from hgprompt.cli.inspect import inspect
+from hgprompt.cli.tune import train_source, tune
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _common() -> None:
+    """Reuse visual prompts: tune them on some tasks, mix them for a new one, tune from the mixture.
+
+    Begin with 'hgprompt demo'. Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 an error
+    (in one line), 2 wrong usage, 130 interrupted.
+    """
+
+
+app.command()(demo)
+app.command("train-source")(train_source)
+app.command()(ensemble)
+app.command()(tune)
+app.command()(inspect)
+
+
+def main() -> None:
+    """Entry point: errors of hgprompt in one line, without a traceback."""
+    from hgprompt.errors import HGPromptError
+
+    try:
+        code = app(standalone_mode=False)
+    except HGPromptError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(1)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except Exception as error:
+        show = getattr(error, "show", None)  # the usage errors of the command line library
+        if show is None:
+            raise
+        show()
+        sys.exit(getattr(error, "exit_code", 2))
+    if code == 130:  # Typer's own answer to Ctrl-C
+        typer.secho(
+            "interrupted; nothing half-written was left, and tuning goes on from its last epoch when run again",
+            fg="red",
+            err=True,
+        )
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,5 @@
+"""python -m hgprompt.cli"""
+
+from hgprompt.cli import main
+
+main()

@@ -1,0 +1,67 @@
+"""hgprompt demo"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hgprompt.cli import options
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("hgprompt-demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Under a minute: fewer images and epochs.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Patience: more images, epochs and seeds.")] = False,
+    target: Annotated[str | None, typer.Option(help="The procedural task that is held out.")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """See it work: tune prompts on five tasks, mix them for a sixth, tune from four starts, and compare.
+
+    Everything is bundled or rendered on the spot; nothing is downloaded. It prints what came out, whoever wins.
+    """
+    from hgprompt.cli import show
+    from hgprompt.demo import PLANS, run_demo
+    from hgprompt.errors import OptionError
+    from hgprompt.files import make_directory, write_text
+    from hgprompt.plots import plot_comparison
+    from hgprompt.result import jsonable
+
+    if quick and full:
+        raise OptionError("--quick and --full exclude each other")
+    plan = PLANS["quick" if quick else "full" if full else "standard"]
+    if target is not None:
+        plan = dataclasses.replace(plan, target=target)
+    make_directory(out)
+    began = time.perf_counter()
+    vit = options.load_backbone(None, "mini", None, device, dtype)
+    if not as_json:
+        typer.echo(
+            f"Five prompts are tuned on five tasks ({plan.source_images} images, {plan.source_epochs} epochs each); "
+            f"{plan.target} is held out.\nIts {plan.images} labelled images say how much of each prompt to take; then "
+            f"every start is tuned for {plan.epochs} epochs.",
+            err=True,
+        )
+    pool, comparison = run_demo(vit, plan, out, report=not (quiet or as_json))
+    seconds = time.perf_counter() - began
+    record = {"plan": dataclasses.asdict(plan), "seconds": seconds, "dtype": str(vit.dtype).removeprefix("torch.")}
+    record |= comparison.record()
+    write_text(out / "demo.json", json.dumps(jsonable(record), indent=1, allow_nan=False) + "\n")
+    title = f"{plan.target} from prompts for {len(pool)} other tasks"
+    plot_comparison(comparison, title, out / "demo.png")
+    comparison.ensembles[0].save(out / "ensemble")
+    files = [out / name for name in ("demo.png", "demo.json", "pool.safetensors", "ensemble/ensemble.safetensors")]
+    if as_json:
+        show.print_json(record | {"files": files})
+        return
+    show.print_comparison(comparison, plan.target)
+    typer.echo(show.verdict(comparison))
+    typer.echo(f"{seconds:.0f} seconds")
+    show.print_files(files)

@@ -1,0 +1,196 @@
+"""How results look on a terminal: one table, a few sentences, the files written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from hgprompt.pool import PromptPool
+    from hgprompt.result import EnsembleResult
+    from hgprompt.tuning import Comparison, TuneResult
+
+
+def print_json(record: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    from hgprompt.result import jsonable
+
+    typer.echo(json.dumps(jsonable(record), indent=2, default=str, allow_nan=False))
+
+
+def print_files(files: Sequence[Path]) -> None:
+    """The names of the files written, one per line."""
+    typer.echo("wrote " + "\n      ".join(map(str, files)))
+
+
+def ensemble_numbers(result: EnsembleResult) -> dict[str, Any]:
+    """The numbers of an ensemble, JSON-able."""
+    keys = (
+        "h_score", "uniform_h_score", "alignment_loss", "objective", "gap", "converged", "n_images", "n_classes",
+        "n_gradient_images", "sample_h_score", "sample_h_score_mixed_prompt", "shrinkage_intensity", "lam",
+    )  # fmt: skip
+    return {
+        "weights": dict(zip(result.names, result.weights.tolist(), strict=True)),
+        "weight_std": dict(zip(result.names, result.weight_std.tolist(), strict=True)),
+    } | {key: getattr(result, key) for key in keys}
+
+
+def print_ensemble(result: EnsembleResult, title: str) -> None:
+    """The weights and their reasons."""
+    from rich.markup import escape
+
+    console, table = _table(f"{title}: how much of each prompt")
+    table.add_column("prompt")
+    for column in ("weight", "± std", "H alone", "gradient · mixture"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    along = result.gradient_cosines @ result.weights
+    norm = float((result.weights @ result.gradient_cosines @ result.weights).clamp_min(0).sqrt())
+    for i in result.weights.argsort(descending=True).tolist():
+        cosine = float(along[i]) / norm if norm > 0 else float("nan")
+        row = (result.weights[i], result.weight_std[i], result.source_h_scores[i], cosine)
+        bar = "█" * round(24 * float(result.weights[i]))
+        table.add_row(escape(result.names[i]), *(f"{float(value):.3f}" for value in row), bar)
+    console.print(table)
+    console.print(
+        f"H of the mixture {result.h_score:.3f}, of the uniform mixture {result.uniform_h_score:.3f}, at most "
+        f"{result.n_classes - 1}; alignment loss {result.alignment_loss:.3f}; "
+        f"{'converged' if result.converged else 'NOT converged'} to a gap of {result.gap:.1e}"
+    )
+    console.print(
+        f"{result.n_images} images of {result.n_classes} classes, gradients from {result.n_gradient_images} of them; "
+        f"on these, H of mixed features {result.sample_h_score:.3f}, of the mixed prompt "
+        f"{result.sample_h_score_mixed_prompt:.3f}"
+    )
+
+
+def print_pool(pool: PromptPool, title: str = "") -> None:
+    """A pool's prompts and where they come from."""
+    from rich.markup import escape
+
+    console, table = _table(title)
+    kind = "deep" if pool.is_deep else "shallow"
+    console.print(f"{len(pool)} {kind} prompts of {pool.num_tokens} tokens, {pool.width} wide")
+    if pool.backbone is None:
+        console.print("backbone: not recorded")
+    else:
+        size = "×".join(map(str, pool.backbone.image_size))
+        console.print(
+            f"backbone: {escape(pool.backbone.name)}, depth {pool.backbone.depth}, {size} pixels, "
+            f"weights {pool.backbone.fingerprint[:16] or 'not recorded'}"
+        )
+    for column in ("prompt", "RMS", "provenance"):
+        table.add_column(column, justify="right" if column == "RMS" else "left", overflow="fold")
+    for name, prompt in pool.items():
+        provenance = ", ".join(_flat(pool.metadata[name])) or "not recorded"
+        table.add_row(escape(name), f"{float(prompt.square().mean().sqrt()):.3f}", escape(provenance))
+    console.print(table)
+
+
+def print_tuned(result: TuneResult) -> None:
+    """The course of a tuning run: first, some middle and the last epochs."""
+    console, table = _table(f"{result.task}: tuned with {result.backbone.name}")
+    table.add_column("epoch", justify="right")
+    for name in ("loss", "training accuracy", "test accuracy"):
+        table.add_column(name, justify="right")
+    count = len(result.history)
+    shown = sorted({0, count - 1, *(round(i * (count - 1) / 7) for i in range(8))})
+    for record in (result.history[i] for i in shown):
+        test = record.get("test_accuracy")
+        table.add_row(
+            str(record["epoch"]),
+            f"{record['loss'][0]:.3f}",
+            f"{100 * record['train_accuracy'][0]:.1f} %",
+            "" if test is None else f"{100 * test[0]:.1f} %",
+        )
+    console.print(table)
+
+
+def print_comparison(comparison: Comparison, title: str) -> None:
+    """Accuracy of each start with its spread over the seeds, and the weights behind the mixture."""
+    from rich.markup import escape
+
+    console, table = _table(f"{title}: accuracy on unseen images, mean ± standard deviation of {_seeds(comparison)}")
+    table.add_column("start")
+    last = len(comparison.curve_epochs) - 1
+    points = sorted({0, last // 2, last})
+    for epoch in (comparison.curve_epochs[i] for i in points):
+        table.add_column(f"after {epoch} epoch{'s' if epoch > 1 else ''}", justify="right")
+    table.add_column("last − uniform", justify="right")
+    uniform = comparison.starts.index("uniform")
+    best = int(comparison.curves[-1].mean(0).argmax())
+    for k, name in enumerate(comparison.starts):
+        cells = [_spread(comparison.curves[i, :, k]) for i in points]
+        difference = (
+            "" if k == uniform else _spread(comparison.curves[-1, :, k] - comparison.curves[-1, :, uniform], "+")
+        )
+        label = escape(name) + (f" ({_most_common(comparison.singles)})" if name == "best single" else "")
+        table.add_row(label, *cells, difference, style="bold" if k == best else "")
+    console.print(table)
+    weights = [
+        f"{escape(name)} {sum(float(e.weights[i]) for e in comparison.ensembles) / len(comparison.ensembles):.2f}"
+        for i, name in enumerate(comparison.ensembles[0].names)
+    ]
+    console.print("HGPrompt took, on average: " + ", ".join(weights))
+
+
+def verdict(comparison: Comparison) -> str:
+    """One sentence of what came out, by the paired differences of the seeds."""
+    last = comparison.curves[-1]
+    ours, uniform, random = (last[:, comparison.starts.index(n)] for n in ("HGPrompt", "uniform", "random"))
+    return (
+        f"The mixed start {_compared(ours - random)} a random one, and {_compared(ours - uniform)} the uniform mean of "
+        f"the pool ({_seeds(comparison)}, same images, order and head)."
+    )
+
+
+def _compared(differences: Any) -> str:
+    mean = 100 * float(differences.mean())
+    if len(differences) > 1:
+        error = 100 * float(differences.std()) / len(differences) ** 0.5
+        if abs(mean) <= 2 * error:
+            return f"cannot be told from ({mean:+.1f} ± {error:.1f} points)"
+        return f"ended {abs(mean):.1f} ± {error:.1f} points {'above' if mean > 0 else 'below'}"
+    return f"ended {mean:+.1f} points beside"
+
+
+def _spread(values: Any, sign: str = "") -> str:
+    mean = f"{100 * float(values.mean()):{sign}.1f}"
+    return f"{mean} ± {100 * float(values.std()):.1f}" if len(values) > 1 else mean
+
+
+def _seeds(comparison: Comparison) -> str:
+    count = len(comparison.seeds)
+    return f"{count} seed{'s' if count > 1 else ''}"
+
+
+def _most_common(names: Sequence[str]) -> str:
+    from rich.markup import escape
+
+    return escape(max(set(names), key=lambda name: (names.count(name), name)))
+
+
+def _flat(record: dict[str, Any]) -> list[str]:
+    """A prompt's record in short: nested entries one by one."""
+    parts = []
+    for key, value in record.items():
+        if isinstance(value, dict):
+            parts += _flat(value)
+        elif value is not None:
+            parts.append(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}")
+    return parts
+
+
+def _table(title: str) -> tuple[Console, Table]:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    return Console(), Table(title=escape(title) or None, title_justify="left")

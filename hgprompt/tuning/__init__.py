@@ -1,0 +1,9 @@
+"""Tuning a prompt and a linear head on a labelled task (VPT), from a random start or from other tasks' prompts."""
+
+from hgprompt.tuning.compare import Comparison, compare_starts
+from hgprompt.tuning.config import TuneConfig
+from hgprompt.tuning.result import TuneResult
+from hgprompt.tuning.start import random_prompt
+from hgprompt.tuning.trainer import evaluate, tune
+
+__all__ = ["Comparison", "TuneConfig", "TuneResult", "compare_starts", "evaluate", "random_prompt", "tune"]

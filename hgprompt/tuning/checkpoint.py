@@ -1,0 +1,105 @@
+"""Checkpoints of a tuning run: one safetensors file, replaced as a whole after every epoch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hgprompt.data.images import LabelledImages
+from hgprompt.errors import FileFormatError, OptionError
+from hgprompt.files import read_safetensors, write_safetensors
+
+if TYPE_CHECKING:
+    from hgprompt.backbone import FrozenViT
+    from hgprompt.tuning.config import TuneConfig
+
+_FORMAT, _VERSION = "hgprompt-tuning", 1
+
+
+def identity(
+    backbone: FrozenViT, names: Sequence[str], starts: Tensor, train: Any, test: Any, config: TuneConfig, every: int
+) -> dict[str, Any]:
+    """What makes two runs one and the same: only then may one continue the other's checkpoint."""
+    return {
+        "backbone": backbone.fingerprint,
+        "image_size": list(backbone.image_size),
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "runs": list(names),
+        "starts": _digest([starts]),
+        "train": _digest_of_images(train),
+        "test": "" if test is None else _digest_of_images(test),
+        "evaluate_every": every,
+        "config": dataclasses.asdict(config),
+    }
+
+
+class Checkpoint:
+    """The file of one run.
+
+    Args:
+        path: where. run: what `identity` says of the run.
+    """
+
+    def __init__(self, path: str | Path, run: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.run = json.loads(json.dumps(run))
+
+    def write(self, tensors: Mapping[str, Tensor], history: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the file. OutputError: it cannot be written; what was there before stays."""
+        metadata = {"format": _FORMAT, "version": _VERSION, "run": self.run, "history": list(history)}
+        write_safetensors(self.path, tensors, metadata)
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """Fill the tensors from the file, and return its history; a file that is not there leaves all as it is.
+
+        Raises:
+            FileFormatError: a damaged file. OptionError: a checkpoint of another run.
+        """
+        if not self.path.exists():
+            return []
+        stored, metadata = read_safetensors(self.path)
+        if metadata.get("format") != _FORMAT or metadata.get("version") != _VERSION:
+            raise FileFormatError(f"{self.path} is no checkpoint of this version's tuning; choose another file")
+        run = metadata.get("run")
+        if run != self.run:
+            known = run if isinstance(run, dict) else {}
+            changed = sorted(k for k in {*known, *self.run} if known.get(k) != self.run.get(k))
+            raise OptionError(
+                f"{self.path} is the checkpoint of another run (it differs in {', '.join(changed)}): choose another "
+                "place, or delete it to begin again"
+            )
+        shapes = {name: (value.shape, value.dtype) for name, value in tensors.items()}
+        if {name: (value.shape, value.dtype) for name, value in stored.items()} != shapes:
+            raise FileFormatError(f"{self.path}: its tensors are not those of this run; delete it to begin again")
+        history = metadata.get("history")
+        if not isinstance(history, list) or not all(isinstance(record, dict) for record in history):
+            raise FileFormatError(f"{self.path}: its history is not understood; delete it to begin again")
+        if not all(bool(value.isfinite().all()) for value in stored.values()):
+            raise FileFormatError(f"{self.path} holds NaN or infinity; delete it to begin again")
+        with torch.no_grad():
+            for name, value in tensors.items():
+                value.copy_(stored[name])
+        return history
+
+
+def _digest_of_images(images: Any) -> str:
+    if isinstance(images, LabelledImages):
+        return _digest([images.images, images.labels])
+    listing = [[str(path), label] for path, label in images.samples] + [list(images.image_size), images.interpolation]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{plain.dtype}{list(plain.shape)}".encode())
+        digest.update(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,152 @@
+"""compare_starts: is a start from the pool worth anything? Tuned side by side with the starts that need no method."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hgprompt.backbone import FrozenViT
+from hgprompt.data.images import LabelledImages
+from hgprompt.ensemble import fast_ensemble
+from hgprompt.errors import OptionError
+from hgprompt.pool import PromptPool
+from hgprompt.progress import Reporter
+from hgprompt.result import EnsembleResult
+from hgprompt.tuning.config import TuneConfig
+from hgprompt.tuning.start import random_prompt
+from hgprompt.tuning.trainer import tune
+
+RANDOM, SINGLE, UNIFORM, HGPROMPT = "random", "best single", "uniform", "HGPrompt"
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What `compare_starts` returns, for S seeds, E budgets and K starts.
+
+    Attributes:
+        starts: names of the K starts. seeds, epochs: in the order of the results.
+        accuracy: on the test images at the end of each budget, [E, S, K] in 0 … 1, float64.
+        curves: on the test images after each of curve_epochs of the largest budget, [len(curve_epochs), S, K].
+        ensembles: the result of `fast_ensemble`, for each seed. singles: the source with the highest H, for each seed.
+        seconds: of tuning, for each budget, over all seeds and starts.
+    """
+
+    starts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    epochs: tuple[int, ...]
+    accuracy: Tensor
+    curve_epochs: tuple[int, ...]
+    curves: Tensor
+    ensembles: tuple[EnsembleResult, ...]
+    singles: tuple[str, ...]
+    seconds: tuple[float, ...]
+
+    def record(self) -> dict[str, Any]:
+        """All numbers, JSON-able."""
+        return {
+            "starts": list(self.starts),
+            "seeds": list(self.seeds),
+            "epochs": list(self.epochs),
+            "accuracy": self.accuracy.tolist(),
+            "curve_epochs": list(self.curve_epochs),
+            "curves": self.curves.tolist(),
+            "best_single": list(self.singles),
+            "weights": [dict(zip(e.names, e.weights.tolist(), strict=True)) for e in self.ensembles],
+            "h_score": [e.h_score for e in self.ensembles],
+            "uniform_h_score": [e.uniform_h_score for e in self.ensembles],
+            "source_h_scores": [dict(zip(e.names, e.source_h_scores.tolist(), strict=True)) for e in self.ensembles],
+            "alignment_loss": [e.alignment_loss for e in self.ensembles],
+            "seconds": list(self.seconds),
+        }
+
+
+def compare_starts(
+    backbone: FrozenViT,
+    pool: PromptPool,
+    train: Callable[[int], LabelledImages],
+    test: LabelledImages,
+    *,
+    seeds: Sequence[int] = (42, 44, 82),
+    epochs: Sequence[int] = (10,),
+    config: TuneConfig | None = None,
+    evaluate_every: int = 1,
+    variants: Sequence[float] = (),
+    ensemble_options: dict[str, Any] | None = None,
+    folder: Path | None = None,
+    report: Reporter | bool = False,
+) -> Comparison:
+    """Tune from a random prompt, the best single source, the uniform mean and the HGPrompt mixture, at equal budget.
+
+    For each seed, the training images train(seed) go through `fast_ensemble` once; then all starts are tuned on them
+    side by side, with the same head, order of images and number of epochs. The random start is drawn with the seed.
+
+    Args:
+        pool: source prompts; the target's own must not be among them.
+        train: the training images of a seed. test: only ever evaluated.
+        seeds, epochs: one run each of every start; epochs are separate budgets with their own schedule.
+        config: everything else of the tuning; its epochs and seed are not used.
+        evaluate_every: epochs between the points of the curves; the last epoch is always one.
+        variants: further λ to mix with, as starts of their own ("HGPrompt λ=0").
+        ensemble_options: of `fast_ensemble`.
+        folder: where to keep checkpoints; a comparison that was interrupted goes on from them.
+        report: as `progress` of `fast_ensemble` and `tune`.
+
+    Raises:
+        As `fast_ensemble` and `tune` do.
+    """
+    if not seeds or not epochs:
+        raise OptionError("a comparison needs at least one seed and one number of epochs")
+    config = config or TuneConfig()
+    names = (RANDOM, SINGLE, UNIFORM, HGPROMPT, *(f"{HGPROMPT} λ={lam:g}" for lam in variants))
+    accuracy = torch.full((len(epochs), len(seeds), len(names)), float("nan"), dtype=torch.float64)
+    curves: list[Tensor] = []
+    curve_epochs: tuple[int, ...] = ()
+    ensembles, singles, seconds = [], [], [0.0] * len(epochs)
+    for s, seed in enumerate(seeds):
+        images = train(seed)
+        loader = images.batches(64)
+        result = fast_ensemble(pool, loader, backbone=backbone, seed=seed, progress=report, **(ensemble_options or {}))
+        single = result.names[int(result.source_h_scores.argmax())]
+        ensembles.append(result)
+        singles.append(single)
+        starts = {
+            RANDOM: random_prompt(backbone, pool.num_tokens, deep=pool.is_deep, seed=seed),
+            SINGLE: pool[single],
+            UNIFORM: pool.stack().mean(0),
+            HGPROMPT: result.prompt,
+        }
+        for name, lam in zip(names[len(starts) :], variants, strict=True):
+            other = fast_ensemble(
+                pool, loader, backbone=backbone, seed=seed, progress=report, **{**(ensemble_options or {}), "lam": lam}
+            )
+            starts[name] = other.prompt
+        for e, budget in enumerate(epochs):
+            longest = budget == max(epochs)
+            tuned = tune(
+                backbone, starts, images, test=test, config=dataclasses.replace(config, epochs=budget, seed=seed),
+                evaluate_every=evaluate_every if longest else 0, progress=report, stage=f"seed {s + 1}/{len(seeds)}",
+                checkpoint=None if folder is None else folder / f"{test.name}-{budget}-{seed}.checkpoint.safetensors",
+            )  # fmt: skip
+            accuracy[e, s] = torch.tensor(tuned.history[-1]["test_accuracy"], dtype=torch.float64)
+            if longest:
+                rows = [record for record in tuned.history if "test_accuracy" in record]
+                curve_epochs = tuple(record["epoch"] for record in rows)
+                curves.append(torch.tensor([record["test_accuracy"] for record in rows], dtype=torch.float64))
+            seconds[e] += tuned.seconds
+    return Comparison(
+        starts=names,
+        seeds=tuple(seeds),
+        epochs=tuple(epochs),
+        accuracy=accuracy,
+        curve_epochs=curve_epochs,
+        curves=torch.stack(curves, dim=1),
+        ensembles=tuple(ensembles),
+        singles=tuple(singles),
+        seconds=tuple(seconds),
+    )

@@ -1,0 +1,212 @@
+"""The road of a user with folders of images: train-source, ensemble, tune, inspect; and all that can go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hgprompt import PromptPool
+from hgprompt.cli import main
+from hgprompt.tuning import TuneResult
+
+FAST = ("--epochs", "2", "--batch-size", "8", "--dtype", "float32", "--device", "cpu", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Three folders of small images: two sources and a new task."""
+    root = tmp_path_factory.mktemp("tuning")
+    rng = np.random.default_rng(0)
+    for task, classes in (
+        ("fruit", ("apple", "pear")),
+        ("birds", ("owl", "tit", "wren")),
+        ("stones", ("flint", "jade")),
+    ):
+        for label, name in enumerate(classes):
+            (root / task / name).mkdir(parents=True)
+            for i in range(8):
+                pixels = rng.integers(0, 120, (20, 30, 3), dtype=np.uint8)
+                pixels[..., label] += 80
+                Image.fromarray(pixels).save(root / task / name / f"{i}.png")
+    return root
+
+
+def _command(*arguments):
+    return [sys.executable, "-m", "hgprompt.cli", *map(str, arguments)]
+
+
+def _environment():
+    # The tests may run from a checkout that is not installed.
+    return os.environ | {"COLUMNS": "140", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def _run(place, *arguments):
+    return subprocess.run(
+        _command(*arguments), cwd=place, env=_environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Run a command in this process: an import of torch sooner than `_run`."""
+
+    def run(folder, *arguments):
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("COLUMNS", "140")
+        monkeypatch.setattr(sys, "argv", ["hgprompt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        captured = capsys.readouterr()
+        return SimpleNamespace(code=left.value.code, out=captured.out, err=captured.err)
+
+    return run
+
+
+def test_the_whole_road(place):
+    trained = _run(place, "train-source", "fruit", "birds", "--pool", "pool.safetensors", "--tokens", "4", *FAST)
+    assert trained.returncode == 0, trained.stderr
+    assert "2 shallow prompts of 4 tokens, 192 wide" in trained.stdout
+    assert trained.stdout.splitlines()[-1] == "wrote pool.safetensors"
+    pool = PromptPool.load(place / "pool.safetensors")
+    assert pool.names == ("fruit", "birds")
+    assert pool.backbone is not None
+    assert pool.backbone.name == "mini"
+    assert pool.metadata["birds"]["training"]["classes"] == 3
+    assert not list(place.glob("*.checkpoint*"))
+
+    mixed = _run(place, "ensemble", "pool.safetensors", "stones", "-o", "mix", "--device", "cpu", "--quiet")
+    assert mixed.returncode == 0, mixed.stderr
+
+    tuned = _run(place, "tune", "stones", "--start", "mix", "--test", "stones", "-o", "tuned", *FAST)
+    assert tuned.returncode == 0, tuned.stderr
+    assert "test accuracy" in tuned.stdout
+    assert sorted(os.listdir(place / "tuned")) == ["history.json", "tuned.safetensors", "tuning.png"]
+    result = TuneResult.load(place / "tuned")
+    assert result.class_names == ("flint", "jade")
+    assert result.prompts.shape == (1, 4, 192)
+    assert "stones: tuned with mini" in _run(place, "inspect", "tuned").stdout
+
+    single = _run(place, "tune", "stones", "--start", "pool.safetensors:birds", "-o", "single", "--json", *FAST)
+    record = json.loads(single.stdout)
+    assert record["last"]["epoch"] == 2
+
+    # A second run of the same command has nothing to do; a third source is added to the pool.
+    before = (place / "pool.safetensors").read_bytes()
+    again = _run(place, "train-source", "fruit", "birds", "--pool", "pool.safetensors", "--tokens", "4", *FAST)
+    assert again.returncode == 0
+    assert (place / "pool.safetensors").read_bytes() == before
+    added = _run(
+        place, "train-source", "procedural:elevation", "--pool", "pool.safetensors", "--limit", "20", *FAST, "--json"
+    )
+    assert json.loads(added.stdout)["pool"] == ["fruit", "birds", "elevation"]
+    other = _run(place, "train-source", "fruit", "--pool", "pool.safetensors", "--lr", "1", *FAST)
+    assert other.returncode == 1
+    assert "already has a prompt named 'fruit'" in other.stderr
+
+
+def test_killed_in_the_middle_and_run_again(place):
+    arguments = ("train-source", "birds", "--tokens", "2", "--epochs", "40", "--batch-size", "4", *FAST[4:])
+    undisturbed = _run(place, *arguments, "--pool", "whole.safetensors")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    process = subprocess.Popen(
+        _command(*arguments, "--pool", "killed.safetensors"), cwd=place, env=_environment(), stderr=subprocess.DEVNULL
+    )
+    checkpoint = place / "killed.birds.checkpoint.safetensors"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    assert checkpoint.exists()
+    assert not (place / "killed.safetensors").exists()
+    resumed = _run(place, *arguments, "--pool", "killed.safetensors")
+    assert resumed.returncode == 0, resumed.stderr
+    assert (place / "killed.safetensors").read_bytes() == (place / "whole.safetensors").read_bytes()
+    assert not checkpoint.exists()
+
+
+@pytest.fixture(scope="module")
+def broken(place):
+    """Folders that are not what they should be."""
+    (place / "hollow" / "full").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(place / "hollow" / "full" / "x.png")
+    (place / "hollow" / "empty").mkdir()
+    (place / "torn" / "a").mkdir(parents=True)
+    (place / "torn" / "b").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(place / "torn" / "a" / "x.png")
+    (place / "torn" / "b" / "y.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    (place / "huge" / "a").mkdir(parents=True)
+    (place / "huge" / "b").mkdir(parents=True)
+    Image.new("1", (30_000, 30_000)).save(place / "huge" / "a" / "x.png")
+    Image.new("RGB", (8, 8)).save(place / "huge" / "b" / "x.png")
+    (place / "split").mkdir()
+    (place / "split" / "train800val200.txt").write_text("images/0.png 0\n")
+    (place / "labels").mkdir()
+    (place / "labels" / "classes.txt").write_text("one\ntwo\n")
+    Image.new("RGB", (8, 8)).save(place / "labels" / "0.png")
+    (place / "labels" / "train800val200.txt").write_text("0.png 0\n0.png 2\n")
+    (place / "lonely" / "a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(place / "lonely" / "a" / "x.png")
+    (place / "file").write_text("no folder")
+    return place
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("train-source", "nowhere"), 1, "no folder of images"),
+        (("train-source", "hollow"), 1, "holds no images"),
+        (("train-source", "torn"), 1, "y.png is no readable image"),
+        (("train-source", "huge"), 1, "x.png is too large"),
+        (("train-source", "split"), 1, "line 1: split/images/0.png does not exist"),
+        (("train-source", "labels"), 1, "line 2: label 2 is no class of 2"),
+        (("train-source", "lonely"), 1, "at least 2 classes"),
+        (("train-source", "fruit", "--pool", "file/pool.safetensors"), 1, "cannot write"),
+        (("train-source", "fruit", "fruit"), 1, "several sources are named fruit"),
+        (("train-source", "fruit", "birds", "--name", "x"), 1, "--name goes with one"),
+        (("train-source", "fruit", "--backbone", "vit_minuscule"), 1, "timm knows no model"),
+        (("train-source", "procedural:dance"), 1, "there are sprite-x-location"),
+        (("train-source", "fruit", "--optimizer", "lion"), 1, "optimizer"),
+        (("train-source", "fruit", "--device", "abacus"), 1, "abacus"),
+        (("train-source",), 2, "Missing argument"),
+        (("tune", "fruit", "--start", "nothing"), 1, "no folder of an ensemble"),
+        (("tune", "fruit", "--out", "file"), 1, "cannot make the directory"),
+        (("demo", "--quick", "--full"), 1, "exclude each other"),
+        (("demo", "--target", "dance"), 1, "no procedural task"),
+        (("demo", "--out", "file"), 1, "cannot make the directory"),
+    ],
+    ids=lambda value: " ".join(value[1:]) if isinstance(value, tuple) else "",
+)
+def test_errors_are_one_line_with_an_exit_code(broken, arguments, code, message, here):
+    before = set(os.listdir(broken))
+    done = here(broken, *arguments)
+    assert done.code == code, done.err
+    assert message in " ".join(done.err.split())
+    assert "Traceback" not in done.err
+    assert done.out == ""
+    assert not [n for n in set(os.listdir(broken)) - before if n.endswith(".safetensors")]
+
+
+@pytest.mark.parametrize("command", ["demo", "train-source", "ensemble", "tune", "inspect"])
+def test_help_says_what_it_does(command, here, tmp_path):
+    done = here(tmp_path, command, "--help")
+    assert done.code == 0
+    assert "--json" in done.out
+    assert command in here(tmp_path, "--help").out
+
+
+def test_a_test_folder_must_have_the_same_classes(place, here):
+    for test, message in (("birds", "owl"), ("test", "has no splits")):
+        done = here(place, "tune", "stones", "--test", test, "-o", "never", *FAST)
+        assert done.code == 1
+        assert message in done.err

@@ -1,0 +1,74 @@
+"""The demo, small: what it writes is what it measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from hgprompt import EnsembleResult, OptionError, PromptPool, load_backbone
+from hgprompt.data import PROCEDURAL_TASKS
+from hgprompt.demo import PLANS, DemoPlan, run_demo
+
+SMALL = DemoPlan(
+    target="sprite-x-location", source_images=20, source_epochs=1, images=32, test_images=32, epochs=2, seeds=(1, 2),
+    num_tokens=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return load_backbone("mini", device="cpu")
+
+
+def test_runs_whole(vit, tmp_path):
+    pool, comparison = run_demo(vit, SMALL, tmp_path)
+    assert set(pool) == set(PROCEDURAL_TASKS) - {"sprite-x-location"}
+    assert PromptPool.load(tmp_path / "pool.safetensors").names == pool.names
+    assert comparison.curves.shape == (2, 2, 4)
+    assert bool((comparison.curves >= 0).all())
+    assert bool((comparison.curves <= 1).all())
+    assert [p.name for p in tmp_path.iterdir()] == ["pool.safetensors"]  # no checkpoint is left
+    again = run_demo(vit, SMALL, tmp_path)[1]
+    assert torch.equal(again.curves, comparison.curves)
+
+
+def test_goes_on_where_it_was_interrupted(vit, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(stage, done, total):
+        if stage.startswith("seed 2"):
+            raise Stop
+
+    whole = run_demo(vit, SMALL, tmp_path)[1]
+    with pytest.raises(Stop):
+        run_demo(vit, SMALL, tmp_path, report=stop)
+    assert (tmp_path / "checkpoints").is_dir()
+    assert torch.equal(run_demo(vit, SMALL, tmp_path)[1].curves, whole.curves)
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    from hgprompt import cli
+
+    monkeypatch.setitem(PLANS, "quick", SMALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["hgprompt", "demo", "--quick", "--quiet", "--device", "cpu", "--out", "here"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 0
+    out = capsys.readouterr().out
+    for word in ("random", "best single", "uniform", "HGPrompt", "demo.png", "2 seeds"):
+        assert word in out
+    record = json.loads((tmp_path / "here" / "demo.json").read_text())
+    assert record["plan"] == json.loads(json.dumps(dataclasses.asdict(SMALL)))
+    assert len(record["accuracy"][0]) == 2
+    assert (tmp_path / "here" / "demo.png").stat().st_size > 10_000
+    assert EnsembleResult.load(tmp_path / "here" / "ensemble").n_images == 32
+
+
+def test_unknown_target(vit, tmp_path):
+    with pytest.raises(OptionError, match="no procedural task"):
+        run_demo(vit, dataclasses.replace(SMALL, target="dance"), tmp_path)
