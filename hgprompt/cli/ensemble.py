@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from hgprompt.cli import options
-
-if TYPE_CHECKING:
-    from hgprompt.data import LabelledImages
 
 
 def ensemble(
@@ -60,8 +57,7 @@ def ensemble(
     vit = options.load_backbone(prompts.backbone, backbone, weights, device, dtype)
     loader: Any
     if task is None:
-        images: LabelledImages = options.load_images(data, split, vit, limit=limit, seed=seed)
-        loader = images.batches(batch_size)
+        loader = options.render(data, split, vit, limit, seed).batches(batch_size)
     else:
         loader = make_loader(
             task, vit.image_size, batch_size=batch_size, interpolation=vit.interpolation, workers=workers, limit=limit

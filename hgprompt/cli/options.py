@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from hgprompt.backbone import FrozenViT
-    from hgprompt.data import ImageTask, LabelledImages
+    from hgprompt.data import ImageDataset, ImageTask, LabelledImages
     from hgprompt.pool import BackboneInfo
 
 PROCEDURAL = "procedural:"
@@ -112,18 +112,16 @@ def _dtype(name: str, device: str) -> torch.dtype:
 
 def load_images(
     data: str, split: str, vit: FrozenViT, *, limit: int | None, seed: int = 0, quiet: bool = True
-) -> LabelledImages:
-    """Decoded images of a folder, or rendered ones."""
-    from hgprompt.data import decode, load_task, render_task
+) -> LabelledImages | ImageDataset:
+    """The images of a folder, or rendered ones."""
+    from hgprompt.data import load_task, open_images
     from hgprompt.progress import Progress
 
     if data.startswith(PROCEDURAL):
-        kind = "test" if split.startswith("test") else "train"
-        name = data.removeprefix(PROCEDURAL)
-        return render_task(name, limit or 1000, image_size=vit.image_size[0], seed=seed, split=kind)
+        return render(data, split, vit, limit, seed)
     task: ImageTask = load_task(data, split)
     with Progress.of(not quiet) as report:
-        return decode(
+        return open_images(
             task,
             vit.image_size,
             interpolation=vit.interpolation,
@@ -131,6 +129,16 @@ def load_images(
             seed=seed,
             report=lambda done, total: report("decoding", done, total),
         )
+
+
+def render(data: str, split: str, vit: FrozenViT, limit: int | None, seed: int) -> LabelledImages:
+    """The images of procedural:NAME; any split but a test split is of one kind."""
+    from hgprompt.data import render_task
+
+    kind = "test" if split.startswith("test") else "train"
+    return render_task(
+        data.removeprefix(PROCEDURAL), limit or 1000, image_size=vit.image_size[0], seed=seed, split=kind
+    )
 
 
 def task_name(data: str) -> str:

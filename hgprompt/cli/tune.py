@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hgprompt.backbone import FrozenViT
-    from hgprompt.data import LabelledImages
+    from hgprompt.data import ImageDataset, LabelledImages
     from hgprompt.pool import BackboneInfo, PromptPool
     from hgprompt.tuning import TuneConfig
 
@@ -54,6 +54,7 @@ def train_source(
     the same command goes on from the last finished epoch.
     """
     from hgprompt.cli import show
+    from hgprompt.data.folders import available_cores
     from hgprompt.errors import OptionError, PromptError
     from hgprompt.pool import PromptPool
     from hgprompt.tuning import random_prompt
@@ -85,7 +86,7 @@ def train_source(
         checkpoint = pool.with_name(f"{pool.stem}.{source}.checkpoint.safetensors")
         tuned = run(
             vit, {source: start}, images, config=config, checkpoint=checkpoint, progress=not (quiet or as_json),
-            stage=source,
+            stage=source, workers=available_cores(),
         )  # fmt: skip
         last = tuned.history[-1]
         record |= {"train_accuracy": last["train_accuracy"][0], "loss": last["loss"][0]}
@@ -139,6 +140,7 @@ def tune(
     from the last finished epoch.
     """
     from hgprompt.cli import show
+    from hgprompt.data.folders import available_cores
     from hgprompt.files import make_directory
     from hgprompt.plots import plot_tuning
     from hgprompt.tuning import random_prompt
@@ -157,7 +159,7 @@ def tune(
     checkpoint = out / "checkpoint.safetensors"
     result = run(
         vit, {_start_name(start): prompt}, images, test=tested, config=config, evaluate_every=1, checkpoint=checkpoint,
-        progress=not (quiet or as_json),
+        progress=not (quiet or as_json), workers=available_cores(),
     )  # fmt: skip
     files = [*result.save(out), out / "tuning.png"]
     plot_tuning(result, files[-1])
@@ -188,7 +190,7 @@ def _config(
     )  # fmt: skip
 
 
-def _record(images: LabelledImages, config: TuneConfig) -> dict[str, Any]:
+def _record(images: LabelledImages | ImageDataset, config: TuneConfig) -> dict[str, Any]:
     """What a pool records of a source before it is tuned."""
     training = {k: v for k, v in dataclasses.asdict(config).items() if k != "seed"}
     training |= {"images": len(images), "classes": images.num_classes}
@@ -257,7 +259,9 @@ def _check_backbone(info: BackboneInfo, vit: FrozenViT, start: str) -> None:
         )
 
 
-def _test_images(data: str, test: str, train: LabelledImages, vit: FrozenViT, quiet: bool) -> LabelledImages:
+def _test_images(
+    data: str, test: str, train: LabelledImages | ImageDataset, vit: FrozenViT, quiet: bool
+) -> LabelledImages | ImageDataset:
     """The images of another split, or of another folder with the same classes."""
     from hgprompt.errors import DataError
 

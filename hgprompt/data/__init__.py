@@ -1,6 +1,6 @@
 """Labelled images: folders on disk, decoded images in memory, and procedural tasks."""
 
-from hgprompt.data.folders import ImageDataset, ImageTask, decode, load_task, make_loader
+from hgprompt.data.folders import ImageDataset, ImageTask, decode, load_task, make_loader, open_images
 from hgprompt.data.images import LabelledImages
 from hgprompt.data.procedural import PROCEDURAL_TASKS, ProceduralTask, render_task
 
@@ -13,5 +13,6 @@ __all__ = [
     "decode",
     "load_task",
     "make_loader",
+    "open_images",
     "render_task",
 ]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ class ImageTask:
     @property
     def num_classes(self) -> int:
         """C: as many as have names, or one more than the largest label."""
-        return max(label for _, label in self.samples) + 1 if self.class_names is None else len(self.class_names)
+        return count_classes(self.samples, self.class_names)
 
 
 def load_task(folder: str | Path, split: str = "train800val200") -> ImageTask:
@@ -97,6 +98,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         image_size: (height, width) to resize to.
         interpolation: "bicubic", "bilinear", "nearest" or "lanczos".
         max_pixels: an image with more is refused before it is decoded.
+        name, class_names: of the task.
 
     Transparency is laid on white, 16 bit are scaled to 8, the first frame of an animation is taken, and a photograph
     is turned as its EXIF data says.
@@ -109,6 +111,8 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         *,
         interpolation: str = "bicubic",
         max_pixels: int = MAX_PIXELS,
+        name: str = "images",
+        class_names: tuple[str, ...] | None = None,
     ) -> None:
         if interpolation not in INTERPOLATIONS:
             raise OptionError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
@@ -116,6 +120,13 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         self.image_size = image_size
         self.interpolation = interpolation
         self.max_pixels = max_pixels
+        self.name = name
+        self.class_names = class_names
+
+    @property
+    def num_classes(self) -> int:
+        """C: as many as have names, or one more than the largest label."""
+        return count_classes(self.samples, self.class_names)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -151,7 +162,7 @@ def make_loader(
     return DataLoader(dataset, batch_size, shuffle=shuffle, num_workers=workers, generator=generator)
 
 
-def decode(
+def open_images(
     task: ImageTask,
     image_size: tuple[int, int],
     *,
@@ -160,38 +171,64 @@ def decode(
     seed: int = 0,
     max_bytes: int = MAX_CACHE_BYTES,
     report: Callable[[int, int], None] | None = None,
-) -> LabelledImages:
-    """All images of a task, decoded once and kept in memory; on all cores, for decoders run beside each other.
+) -> LabelledImages | ImageDataset:
+    """The images of a task: decoded into memory where they fit, decoded again whenever they are asked for where not.
 
     Args:
         limit, seed: only this many images, as for `make_loader`.
-        max_bytes: what the decoded images may take. 1,000 images of 224 × 224 take 150 MB.
-        report: called with (images done, images in all).
+        max_bytes: what decoded images may take. 1,000 images of 224 × 224 take 150 MB.
+        report: called with (images done, images in all) while decoding.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    samples = task.samples if limit is None else balanced(task.samples, limit, seed)
+    names = task.class_names or tuple(f"class {i}" for i in range(task.num_classes))
+    dataset = ImageDataset(samples, image_size, interpolation=interpolation, name=task.name, class_names=names)
+    height, width = image_size
+    return dataset if len(samples) * 3 * height * width > max_bytes else _decoded(dataset, report)
+
+
+def decode(task: ImageTask, image_size: tuple[int, int], **options: Any) -> LabelledImages:
+    """The images of a task, decoded into memory; arguments as for `open_images`.
 
     Raises:
         DataError: an image cannot be read, or the images do not fit.
     """
-    samples = task.samples if limit is None else balanced(task.samples, limit, seed)
+    images = open_images(task, image_size, **options)
+    if isinstance(images, LabelledImages):
+        return images
     height, width = image_size
-    needed = len(samples) * 3 * height * width
-    if needed > max_bytes:
-        raise DataError(
-            f"{task.name}: {len(samples)} images of {width}×{height} take {needed / 2**30:.1f} GiB decoded, over the "
-            f"limit of {max_bytes / 2**30:.1f}: use fewer (limit=), or stream them with make_loader"
-        )
-    dataset = ImageDataset(samples, image_size, interpolation=interpolation)
-    images = torch.empty(len(samples), 3, height, width, dtype=torch.uint8)
+    size = len(images) * 3 * height * width / 2**30
+    raise DataError(
+        f"{task.name}: {len(images)} images of {width}×{height} take {size:.1f} GiB "
+        "decoded, more than max_bytes: use fewer (limit=), or do not decode them all at once (open_images, make_loader)"
+    )
+
+
+def _decoded(dataset: ImageDataset, report: Callable[[int, int], None] | None) -> LabelledImages:
+    """On all cores: decoders run beside each other."""
+    images = torch.empty(len(dataset), 3, *dataset.image_size, dtype=torch.uint8)
 
     def read(i: int) -> None:
         images[i] = dataset[i][0]
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
-        for done, _ in enumerate(pool.map(read, range(len(samples))), start=1):
+    with ThreadPoolExecutor(available_cores()) as pool:
+        for done, _ in enumerate(pool.map(read, range(len(dataset))), start=1):
             if report is not None:
-                report(done, len(samples))
-    labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
-    names = task.class_names or tuple(f"class {i}" for i in range(task.num_classes))
-    return LabelledImages(task.name, images, labels, names)
+                report(done, len(dataset))
+    labels = torch.tensor([label for _, label in dataset.samples], dtype=torch.int64)
+    return LabelledImages(dataset.name, images, labels, dataset.class_names)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count_classes(samples: Sequence[tuple[Path, int]], class_names: tuple[str, ...] | None) -> int:
+    """C: as many as have names, or one more than the largest label."""
+    return max((label for _, label in samples), default=-1) + 1 if class_names is None else len(class_names)
 
 
 def balanced(samples: Sequence[tuple[Path, int]], limit: int, seed: int) -> tuple[tuple[Path, int], ...]:

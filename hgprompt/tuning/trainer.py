@@ -66,7 +66,7 @@ def tune(
     """
     config = config or TuneConfig()
     names, prompts = _stacked(backbone, starts)
-    num_classes = num_classes or max(_classes(train), 0 if test is None else _classes(test))
+    num_classes = num_classes or max(train.num_classes, 0 if test is None else test.num_classes)
     _check_labels(train, num_classes)
     if test is not None:
         _check_labels(test, num_classes)
@@ -115,8 +115,8 @@ def tune(
         head_bias=state.bias.detach().cpu().clone(),
         history=tuple(history),
         config=config,
-        task=_task_name(train),
-        class_names=train.class_names if isinstance(train, LabelledImages) else None,
+        task=train.name,
+        class_names=train.class_names,
         backbone=backbone.info,
         seconds=seconds,
     )
@@ -250,7 +250,12 @@ def _batches(images: Images, order: Tensor, batch_size: int, workers: int) -> It
         return
     from torch.utils.data import DataLoader
 
-    yield from DataLoader(images, batch_sampler=[b.tolist() for b in order.split(batch_size)], num_workers=workers)
+    yield from DataLoader(
+        images,
+        batch_sampler=[b.tolist() for b in order.split(batch_size)],
+        num_workers=workers,
+        generator=torch.Generator(),  # else its workers' seed would be drawn from the global one
+    )
 
 
 def _stacked(backbone: FrozenViT, starts: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor]:
@@ -262,16 +267,6 @@ def _stacked(backbone: FrozenViT, starts: Mapping[str, Tensor]) -> tuple[tuple[s
     prompts = torch.stack([prompt.detach().float().cpu() for prompt in starts.values()])
     check_prompts(backbone, prompts)
     return tuple(starts), prompts
-
-
-def _classes(images: Images) -> int:
-    if isinstance(images, LabelledImages):
-        return images.num_classes
-    return max((label for _, label in images.samples), default=-1) + 1
-
-
-def _task_name(images: Images) -> str:
-    return images.name if isinstance(images, LabelledImages) else "images"
 
 
 def _check_labels(images: Images, num_classes: int) -> None:

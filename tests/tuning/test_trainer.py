@@ -9,9 +9,10 @@ import math
 import literal
 import pytest
 import torch
+from PIL import Image
 
 from hgprompt import DataError, FrozenViT, OptionError, PromptError
-from hgprompt.data import LabelledImages
+from hgprompt.data import ImageDataset, LabelledImages, load_task, open_images
 from hgprompt.errors import FileFormatError
 from hgprompt.tuning import TuneConfig, evaluate, random_prompt, tune
 from hgprompt.tuning.config import TuneConfig as Config
@@ -83,6 +84,25 @@ def test_learns_and_evaluates(vit, images):
     again = evaluate(vit, result.prompts, result.head_weight, result.head_bias, test, batch_size=7)
     assert again.tolist() == result.history[-1]["test_accuracy"]
     assert result.accuracy("b") == again[1]
+
+
+def test_images_on_disk_train_as_images_in_memory(vit, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    for label in ("dark", "light"):
+        (tmp_path / label).mkdir()
+        for i in range(5):
+            pixels = torch.randint(0, 255, (16, 16, 3), generator=g, dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / label / f"{i}.png")
+    task = load_task(tmp_path)
+    in_memory, on_disk = open_images(task, (16, 16)), open_images(task, (16, 16), max_bytes=100)
+    assert isinstance(in_memory, LabelledImages)
+    assert isinstance(on_disk, ImageDataset)
+    state = torch.get_rng_state()
+    results = [tune(vit, _starts(vit), images, test=images, config=CONFIG) for images in (in_memory, on_disk)]
+    assert torch.equal(results[0].prompts, results[1].prompts)
+    assert results[0].history == results[1].history
+    assert results[1].class_names == ("dark", "light")
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_start_and_images_stay_as_they_are(vit, images):
