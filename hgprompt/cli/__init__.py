@@ -15,6 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # paragraphs are wrapped to the terminal, not where the docstring's lines end
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

@@ -14,7 +14,9 @@ from hgprompt.cli import options
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("hgprompt-demo"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the results.", rich_help_panel=options.OUTPUT_PANEL)
+    ] = Path("hgprompt-demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Under a minute: fewer images and epochs.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Patience: more images, epochs and seeds.")] = False,
     target: Annotated[str | None, typer.Option(help="The procedural task that is held out.")] = None,

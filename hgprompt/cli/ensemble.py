@@ -13,7 +13,9 @@ from hgprompt.cli import options
 def ensemble(
     pool: Annotated[Path, typer.Argument(help="Prompt pool, a .safetensors file (train-source makes one).")],
     data: options.Data,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("hgprompt-ensemble"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the results.", rich_help_panel=options.OUTPUT_PANEL)
+    ] = Path("hgprompt-ensemble"),
     backbone: options.Backbone = None,
     weights: options.Weights = None,
     split: options.Split = "train800val200",
@@ -28,12 +30,12 @@ def ensemble(
     paper: Annotated[
         bool, typer.Option("--paper", help="Algorithm 1 to the letter (slower, and often saturated).")
     ] = False,
-    batch_size: options.BatchSize = 32,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1)] = 32,
     dtype: options.Dtype = "float32",
     device: options.Device = None,
     workers: Annotated[int, typer.Option(help="Processes that decode images.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Of the gradient sample and the solver's starts.")] = 0,
-    plot: Annotated[bool, typer.Option(help="Draw the figure.")] = True,
+    plot: Annotated[bool, typer.Option(help="Draw the figure.", rich_help_panel=options.OUTPUT_PANEL)] = True,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:

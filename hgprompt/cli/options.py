@@ -15,22 +15,40 @@ if TYPE_CHECKING:
     from hgprompt.pool import BackboneInfo
 
 PROCEDURAL = "procedural:"
+BACKBONE_PANEL, TRAINING_PANEL, OUTPUT_PANEL = "Backbone", "Training", "Output"
 _DATA_HELP = (
     "a VTAB-1k folder, a folder with one sub-folder of images per class, or procedural:NAME "
     "(sprite-x-location, sprite-orientation, object-count, nearest-distance, azimuth, elevation)."
 )
 
-Data = Annotated[str, typer.Argument(help="The new task: " + _DATA_HELP, show_default=False)]
-DataList = Annotated[list[str], typer.Argument(help="Source tasks, each " + _DATA_HELP, show_default=False)]
+Data = Annotated[str, typer.Argument(help="The new task: " + _DATA_HELP, show_default=False, metavar="DATA")]
+DataList = Annotated[
+    list[str], typer.Argument(help="Source tasks, each " + _DATA_HELP, show_default=False, metavar="DATA")
+]
 Backbone = Annotated[
-    str | None, typer.Option(help="'mini' or a timm model name; default: the pool's, or mini.", show_default=False)
+    str | None,
+    typer.Option(
+        help="'mini' or a timm model name; default: the pool's, or mini.",
+        show_default=False,
+        rich_help_panel=BACKBONE_PANEL,
+    ),
 ]
 Weights = Annotated[
     Path | None,
-    typer.Option(help="The backbone's weights as safetensors, instead of timm's download.", show_default=False),
+    typer.Option(
+        help="The backbone's weights as safetensors, instead of timm's download.",
+        show_default=False,
+        rich_help_panel=BACKBONE_PANEL,
+    ),
 ]
 ImageSize = Annotated[
-    int | None, typer.Option(help="Pixels; default: the pool's, or the model's own.", min=16, show_default=False)
+    int | None,
+    typer.Option(
+        help="Pixels; default: the pool's, or the model's own.",
+        min=16,
+        show_default=False,
+        rich_help_panel=BACKBONE_PANEL,
+    ),
 ]
 Split = Annotated[str, typer.Option(help="Which split file of a VTAB-1k folder.")]
 Limit = Annotated[
@@ -38,25 +56,52 @@ Limit = Annotated[
     typer.Option(help="Use at most this many images, classes in turn; of a procedural task, 1000.", min=1),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: a GPU if there is one.", show_default=False)
+    str | None,
+    typer.Option(
+        help="cpu, cuda, cuda:1, …; default: a GPU if there is one.", show_default=False, rich_help_panel=BACKBONE_PANEL
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON on stdout and nothing else.", rich_help_panel=OUTPUT_PANEL)
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.", rich_help_panel=OUTPUT_PANEL)]
 Dtype = Annotated[
-    str, typer.Option(help="float32, bfloat16, float16, float64, or auto: bfloat16 where the hardware multiplies it.")
+    str,
+    typer.Option(
+        help="float32, bfloat16, float16, float64, or auto: bfloat16 where the hardware multiplies it.",
+        rich_help_panel=BACKBONE_PANEL,
+    ),
 ]
-Seed = Annotated[int, typer.Option(help="Of the random start, the head and the order of images.", min=0)]
-Epochs = Annotated[int, typer.Option(help="Passes over the training images.", min=1)]
-BatchSize = Annotated[int, typer.Option(help="Images per step.", min=1)]
-Optimizer = Annotated[str, typer.Option(help="sgd (momentum 0.9) or adamw.")]
+Seed = Annotated[
+    int,
+    typer.Option(help="Of the random start, the head and the order of images.", min=0, rich_help_panel=TRAINING_PANEL),
+]
+Epochs = Annotated[int, typer.Option(help="Passes over the training images.", min=1, rich_help_panel=TRAINING_PANEL)]
+BatchSize = Annotated[int, typer.Option(help="Images per step.", min=1, rich_help_panel=TRAINING_PANEL)]
+Optimizer = Annotated[str, typer.Option(help="sgd (momentum 0.9) or adamw.", rich_help_panel=TRAINING_PANEL)]
 LearningRate = Annotated[
-    float, typer.Option("--lr", help="Base learning rate of the prompt; the rate is this × batch size / 256.", min=0.0)
+    float,
+    typer.Option(
+        "--lr",
+        help="Base learning rate of the prompt; the rate is this × batch size / 256.",
+        min=0.0,
+        rich_help_panel=TRAINING_PANEL,
+    ),
 ]
 HeadLearningRate = Annotated[
-    float | None, typer.Option("--head-lr", help="Base learning rate of the head; default: a quarter of --lr.", min=0.0)
+    float | None,
+    typer.Option(
+        "--head-lr",
+        help="Base learning rate of the head; default: a quarter of --lr.",
+        min=0.0,
+        rich_help_panel=TRAINING_PANEL,
+    ),
 ]
-WeightDecay = Annotated[float, typer.Option(help="Of prompt and head.", min=0.0)]
-Warmup = Annotated[float, typer.Option(help="Share of the steps in which the rate rises.", min=0.0, max=0.9)]
+WeightDecay = Annotated[float, typer.Option(help="Of prompt and head.", min=0.0, rich_help_panel=TRAINING_PANEL)]
+Warmup = Annotated[
+    float,
+    typer.Option(help="Share of the steps in which the rate rises.", min=0.0, max=0.9, rich_help_panel=TRAINING_PANEL),
+]
 
 
 def load_backbone(

@@ -24,7 +24,9 @@ RANDOM = "random"
 
 def train_source(
     data: options.DataList,
-    pool: Annotated[Path, typer.Option("--pool", "-p", help="Pool to make, or to add to.")] = Path("pool.safetensors"),
+    pool: Annotated[
+        Path, typer.Option("--pool", "-p", help="Pool to make, or to add to.", rich_help_panel=options.OUTPUT_PANEL)
+    ] = Path("pool.safetensors"),
     name: Annotated[
         str | None, typer.Option(help="Name of the prompt (one source alone); default: the folder's name.")
     ] = None,
@@ -109,7 +111,9 @@ def tune(
         str,
         typer.Option(help="Folder that 'ensemble' wrote, POOL.safetensors:NAME for one prompt of a pool, or random."),
     ] = RANDOM,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("hgprompt-tuned"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the results.", rich_help_panel=options.OUTPUT_PANEL)
+    ] = Path("hgprompt-tuned"),
     backbone: options.Backbone = None,
     weights: options.Weights = None,
     image_size: options.ImageSize = None,
