@@ -56,7 +56,7 @@ TARGET_CONFIG = TuneConfig(batch_size=32, optimizer="adamw", lr=0.16, head_lr=0.
 
 
 def run_demo(
-    backbone: FrozenViT, plan: DemoPlan, folder: Path, report: Reporter | bool = False
+    backbone: FrozenViT, plan: DemoPlan, folder: Path, progress: bool | Reporter = False
 ) -> tuple[PromptPool, Comparison]:
     """Tune the sources, mix them for the target, tune from four starts. Writes pool.safetensors into the folder.
 
@@ -67,7 +67,7 @@ def run_demo(
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     size = backbone.image_size[0]
-    pool = tune_sources(backbone, plan, checkpoints, report)
+    pool = tune_sources(backbone, plan, checkpoints, progress)
     pool.save(folder / "pool.safetensors")
 
     def draw(seed: int) -> LabelledImages:
@@ -76,13 +76,13 @@ def run_demo(
     test = render_task(plan.target, plan.test_images, image_size=size, split="test")
     comparison = compare_starts(
         backbone, pool, draw, test, seeds=plan.seeds, epochs=(plan.epochs,), config=TARGET_CONFIG,
-        folder=checkpoints, report=report,
+        folder=checkpoints, progress=progress,
     )  # fmt: skip
     shutil.rmtree(checkpoints, ignore_errors=True)
     return pool, comparison
 
 
-def tune_sources(backbone: FrozenViT, plan: DemoPlan, checkpoints: Path, report: Reporter | bool) -> PromptPool:
+def tune_sources(backbone: FrozenViT, plan: DemoPlan, checkpoints: Path, progress: bool | Reporter) -> PromptPool:
     """One prompt for each procedural task but the target, all from the same random start."""
     config = dataclasses.replace(SOURCE_CONFIG, epochs=plan.source_epochs)
     start = random_prompt(backbone, plan.num_tokens, seed=INIT_SEED)
@@ -93,7 +93,7 @@ def tune_sources(backbone: FrozenViT, plan: DemoPlan, checkpoints: Path, report:
             continue
         images = render_task(name, plan.source_images, image_size=backbone.image_size[0], seed=INIT_SEED)
         tuned = tune(
-            backbone, {name: start}, images, config=config, progress=report, stage=name,
+            backbone, {name: start}, images, config=config, progress=progress, stage=name,
             checkpoint=checkpoints / f"source-{name}.checkpoint.safetensors",
         )  # fmt: skip
         prompts[name] = tuned.prompt(name)

@@ -45,7 +45,7 @@ def test_goes_on_where_it_was_interrupted(vit, tmp_path):
 
     whole = run_demo(vit, SMALL, tmp_path)[1]
     with pytest.raises(Stop):
-        run_demo(vit, SMALL, tmp_path, report=stop)
+        run_demo(vit, SMALL, tmp_path, progress=stop)
     assert (tmp_path / "checkpoints").is_dir()
     assert torch.equal(run_demo(vit, SMALL, tmp_path)[1].curves, whole.curves)
 

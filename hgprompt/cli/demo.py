@@ -51,7 +51,7 @@ def demo(
             f"every start is tuned for {plan.epochs} epochs.",
             err=True,
         )
-    pool, comparison = run_demo(vit, plan, out, report=not (quiet or as_json))
+    pool, comparison = run_demo(vit, plan, out, progress=not (quiet or as_json))
     seconds = time.perf_counter() - began
     record = {"plan": dataclasses.asdict(plan), "seconds": seconds, "dtype": str(vit.dtype).removeprefix("torch.")}
     record |= comparison.record()

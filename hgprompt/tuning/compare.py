@@ -79,7 +79,7 @@ def compare_starts(
     variants: Sequence[float] = (),
     ensemble_options: dict[str, Any] | None = None,
     folder: Path | None = None,
-    report: Reporter | bool = False,
+    progress: bool | Reporter = False,
 ) -> Comparison:
     """Tune from a random prompt, the best single source, the uniform mean and the HGPrompt mixture, at equal budget.
 
@@ -95,7 +95,7 @@ def compare_starts(
         variants: further λ to mix with, as starts of their own ("HGPrompt λ=0").
         ensemble_options: of `fast_ensemble`.
         folder: where to keep checkpoints; a comparison that was interrupted goes on from them.
-        report: as `progress` of `fast_ensemble` and `tune`.
+        progress: as for `fast_ensemble` and `tune`.
 
     Raises:
         As `fast_ensemble` and `tune` do.
@@ -111,7 +111,8 @@ def compare_starts(
     for s, seed in enumerate(seeds):
         images = train(seed)
         loader = images.batches(64)
-        result = fast_ensemble(pool, loader, backbone=backbone, seed=seed, progress=report, **(ensemble_options or {}))
+        options = {"backbone": backbone, "seed": seed, "progress": progress} | (ensemble_options or {})
+        result = fast_ensemble(pool, loader, **options)
         single = result.names[int(result.source_h_scores.argmax())]
         ensembles.append(result)
         singles.append(single)
@@ -122,15 +123,12 @@ def compare_starts(
             HGPROMPT: result.prompt,
         }
         for name, lam in zip(names[len(starts) :], variants, strict=True):
-            other = fast_ensemble(
-                pool, loader, backbone=backbone, seed=seed, progress=report, **{**(ensemble_options or {}), "lam": lam}
-            )
-            starts[name] = other.prompt
+            starts[name] = fast_ensemble(pool, loader, **(options | {"lam": lam})).prompt
         for e, budget in enumerate(epochs):
             longest = budget == max(epochs)
             tuned = tune(
                 backbone, starts, images, test=test, config=dataclasses.replace(config, epochs=budget, seed=seed),
-                evaluate_every=evaluate_every if longest else 0, progress=report, stage=f"seed {s + 1}/{len(seeds)}",
+                evaluate_every=evaluate_every if longest else 0, progress=progress, stage=f"seed {s + 1}/{len(seeds)}",
                 checkpoint=None if folder is None else folder / f"{test.name}-{budget}-{seed}.checkpoint.safetensors",
             )  # fmt: skip
             accuracy[e, s] = torch.tensor(tuned.history[-1]["test_accuracy"], dtype=torch.float64)

@@ -81,7 +81,7 @@ def test_goes_on_from_checkpoints(vit, pool, tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        compare_starts(vit, pool, _draw, _draw(99), folder=tmp_path, report=stop, **options)
+        compare_starts(vit, pool, _draw, _draw(99), folder=tmp_path, progress=stop, **options)
     assert len(list(tmp_path.iterdir())) == 1
     resumed = compare_starts(vit, pool, _draw, _draw(99), folder=tmp_path, **options)
     assert torch.equal(resumed.curves, undisturbed.curves)
