@@ -102,6 +102,10 @@ Warmup = Annotated[
     float,
     typer.Option(help="Share of the steps in which the rate rises.", min=0.0, max=0.9, rich_help_panel=TRAINING_PANEL),
 ]
+PromptDropout = Annotated[
+    float,
+    typer.Option(help="Share of prompt elements zeroed in a step.", min=0.0, max=0.9, rich_help_panel=TRAINING_PANEL),
+]
 
 
 def load_backbone(

@@ -44,6 +44,7 @@ def train_source(
     head_lr: options.HeadLearningRate = None,
     weight_decay: options.WeightDecay = 1e-4,
     warmup: options.Warmup = 0.1,
+    prompt_dropout: options.PromptDropout = 0.0,
     seed: options.Seed = 42,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -75,7 +76,7 @@ def train_source(
             raise PromptError(f"{pool} holds shallow prompts: a pool has prompts of one kind; give another --pool")
         deep = known.is_deep
     tokens = tokens or (10 if known is None else known.num_tokens)
-    config = _config(epochs, batch_size, optimizer, lr, head_lr, weight_decay, warmup, seed)
+    config = _config(epochs, batch_size, optimizer, lr, head_lr, weight_decay, warmup, prompt_dropout, seed)
     _try_to_write(pool)
     # What cannot be read is an error before the work, not in the middle of it.
     all_images = [options.load_images(d, split, vit, limit=limit, seed=seed, quiet=quiet or as_json) for d in data]
@@ -132,6 +133,7 @@ def tune(
     head_lr: options.HeadLearningRate = None,
     weight_decay: options.WeightDecay = 1e-4,
     warmup: options.Warmup = 0.1,
+    prompt_dropout: options.PromptDropout = 0.0,
     seed: options.Seed = 42,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -153,7 +155,7 @@ def tune(
     prompt, info = _start(start)
     make_directory(out)
     vit = options.load_backbone(info, backbone, weights, device, dtype, image_size, default="mini")
-    config = _config(epochs, batch_size, optimizer, lr, head_lr, weight_decay, warmup, seed)
+    config = _config(epochs, batch_size, optimizer, lr, head_lr, weight_decay, warmup, prompt_dropout, seed)
     images = options.load_images(data, split, vit, limit=limit, seed=seed, quiet=quiet or as_json)
     tested = None if test is None else _test_images(data, test, images, vit, quiet or as_json)
     if prompt is None:
@@ -182,15 +184,16 @@ def _config(
     optimizer: str,
     lr: float,
     head_lr: float | None,
-    decay: float,
+    weight_decay: float,
     warmup: float,
+    prompt_dropout: float,
     seed: int,
 ) -> TuneConfig:
     from hgprompt.tuning import TuneConfig
 
     return TuneConfig(
-        epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,  # type: ignore[arg-type]
-        head_lr=lr / 4 if head_lr is None else head_lr, weight_decay=decay, warmup=warmup, seed=seed,
+        epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, head_lr=head_lr,  # type: ignore[arg-type]
+        weight_decay=weight_decay, warmup=warmup, prompt_dropout=prompt_dropout, seed=seed,
     )  # fmt: skip
 
 

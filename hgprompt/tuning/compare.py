@@ -111,7 +111,7 @@ def compare_starts(
     for s, seed in enumerate(seeds):
         images = train(seed)
         loader = images.batches(64)
-        options = {"backbone": backbone, "seed": seed, "progress": progress} | (ensemble_options or {})
+        options: dict[str, Any] = {"backbone": backbone, "seed": seed, "progress": progress} | (ensemble_options or {})
         result = fast_ensemble(pool, loader, **options)
         single = result.names[int(result.source_h_scores.argmax())]
         ensembles.append(result)
