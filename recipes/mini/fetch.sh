@@ -11,7 +11,8 @@ unpack() { # package folder
     dpkg -x "$1"_*.deb "../$2/$1"
     rm "$1"_*.deb
 }
-sed -n 's/^ *"\([a-z0-9.+-]*\)": [0-9]*,.*/\1/p' "$here/sources.json" | while read -r package; do unpack "$package" packages; done
+sed -n 's/^ *"\([a-z0-9.+-]*\)": [0-9]*,\{0,1\}$/\1/p' "$here/sources.json" | grep -v '^emoji-datasource-twitter$' |
+    while read -r package; do unpack "$package" packages; done
 while read -r package; do unpack "$package" fonts; done <"$here/fonts.txt"
 npm pack --silent emoji-datasource-twitter@15.0.1 >/dev/null
 tar -xzf emoji-datasource-twitter-15.0.1.tgz -C ../npm
