@@ -1,28 +1,26 @@
 """encode: images × prompts → features, differentiable in the prompts, in micro-batches.
 
-The engine that runs one micro-batch is the only place that depends on the device: see `hgprompt.reference`.
+What runs one micro-batch is `hgprompt.network`, on the operations that suit the device.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from types import ModuleType
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hgprompt import reference
+from hgprompt import network, operations
 from hgprompt.backbone import FrozenViT
 from hgprompt.errors import BackboneError, OptionError, PromptError
-
-Impl = Literal["auto", "reference"]
+from hgprompt.operations import Impl
 
 # Tokens in one micro-batch. On a CPU, the GEMMs are at their full rate long before, and activations of this size
-# (a few MB a layer) still profit from the caches.
+# (a few MB a layer) still profit from the caches. On a GPU at most so many, and fewer where memory is short.
 _TOKENS_PER_MICRO_BATCH = {"cpu": 2048, "cuda": 131072}
+_SHARE_OF_FREE_MEMORY = 0.6
 
 # loss(features [m, b, h], prompt_indices, image_indices) -> [m], summed over the images
 PullBackLoss = Callable[[Tensor, slice, slice], Tensor]
@@ -47,7 +45,8 @@ def encode(
         micro_batch: image–prompt pairs that are in the network at one time; None: sized for the device. Memory
             grows with it and not with M or B. Where gradients are needed and M·B is larger, each micro-batch is
             computed again in the backward pass.
-        impl: "auto" picks the engine for the device; "reference" is plain PyTorch.
+        impl: "auto" picks what suits the device; "reference" is plain PyTorch, "triton" this project's kernels (a GPU
+            from sm_80 on), "sdpa" and "xformers" the kernels with another attention.
 
     Returns:
         [M, B, h], in the backbone's dtype, whatever autocast state the caller is in.
@@ -57,30 +56,31 @@ def encode(
     """
     check_prompts(backbone, prompts)
     backbone.check_images(images)
-    engine = select_engine(backbone, impl)
-    micro_batch = resolve_micro_batch(backbone, prompts, micro_batch)
+    ops = operations.select(backbone, impl)
+    needs_grad = torch.is_grad_enabled() and prompts.requires_grad
+    micro_batch = resolve_micro_batch(backbone, prompts, micro_batch, backward=needs_grad)
     with _no_autocast(backbone):
         prompts = prompts.to(device=backbone.device, dtype=backbone.dtype)
-        needs_grad = torch.is_grad_enabled() and prompts.requires_grad
         recompute = needs_grad and len(prompts) * len(images) > micro_batch
         rows = []
         for image_slice, prompt_slices in _micro_batches(len(prompts), len(images), micro_batch):
             with torch.no_grad():
-                tokens = engine.embed(backbone, backbone.prepare(images[image_slice]))
+                tokens = network.embed(backbone, backbone.prepare(images[image_slice]), ops)
             if recompute:
                 parts = [
                     checkpoint(
-                        engine.features,
+                        network.features,
                         backbone,
                         tokens,
                         prompts[s],
+                        ops,
                         use_reentrant=False,
                         preserve_rng_state=False,
                     )
                     for s in prompt_slices
                 ]
             else:
-                parts = [engine.features(backbone, tokens, prompts[s]) for s in prompt_slices]
+                parts = [network.features(backbone, tokens, prompts[s], ops) for s in prompt_slices]
             rows.append(torch.cat(parts))
         if not rows:
             return prompts.new_zeros(len(prompts), len(images), backbone.width)
@@ -109,8 +109,8 @@ def pull_back(
     """
     check_prompts(backbone, prompts)
     backbone.check_images(images)
-    engine = select_engine(backbone, impl)
-    micro_batch = resolve_micro_batch(backbone, prompts, micro_batch)
+    ops = operations.select(backbone, impl)
+    micro_batch = resolve_micro_batch(backbone, prompts, micro_batch, backward=True)
     precise = torch.promote_types(backbone.dtype, torch.float32)
     # inference_mode(False): a caller inside inference mode would otherwise get tensors without a graph.
     with torch.inference_mode(False), _no_autocast(backbone):
@@ -120,11 +120,11 @@ def pull_back(
         prompts = prompts.detach().clone().to(device=backbone.device, dtype=backbone.dtype)
         for image_slice, prompt_slices in _micro_batches(len(prompts), len(images), micro_batch):
             with torch.no_grad():
-                tokens = engine.embed(backbone, backbone.prepare(images[image_slice].clone()))
+                tokens = network.embed(backbone, backbone.prepare(images[image_slice].clone()), ops)
             for s in prompt_slices:
                 with torch.enable_grad():
                     leaf = prompts[s].clone().requires_grad_()
-                    out = engine.features(backbone, tokens, leaf)
+                    out = network.features(backbone, tokens, leaf, ops)
                     value = loss(out, s, image_slice)
                     (gradient,) = torch.autograd.grad(value.sum(), leaf)
                 features[s, image_slice] = out.detach()
@@ -194,21 +194,32 @@ def check_prompts(backbone: FrozenViT, prompts: Tensor) -> None:
         raise PromptError(f"deep prompts have {shape[1]} layers, {backbone.name} has {backbone.depth} blocks")
 
 
-def select_engine(backbone: FrozenViT, impl: Impl) -> ModuleType:
-    """The module that runs one micro-batch on the backbone's device."""
-    if impl not in ("auto", "reference"):
-        raise OptionError(f"impl must be 'auto' or 'reference', got {impl!r}")
-    return reference
-
-
-def resolve_micro_batch(backbone: FrozenViT, prompts: Tensor, micro_batch: int | None) -> int:
-    """Image–prompt pairs per micro-batch: the caller's, or what suits the device."""
+def resolve_micro_batch(backbone: FrozenViT, prompts: Tensor, micro_batch: int | None, *, backward: bool) -> int:
+    """Image–prompt pairs per micro-batch: the caller's, or what suits the device and its free memory."""
     if micro_batch is None:
-        tokens = backbone.num_image_tokens + prompts.shape[-2]
-        return max(1, _TOKENS_PER_MICRO_BATCH.get(backbone.device.type, 2048) // tokens)
+        at_once = _TOKENS_PER_MICRO_BATCH.get(backbone.device.type, 2048)
+        if backbone.device.type == "cuda":
+            free = _SHARE_OF_FREE_MEMORY * _free_memory(backbone.device)
+            at_once = min(at_once, int(free / bytes_per_token(backbone, backward=backward)))
+        return max(1, at_once // (backbone.num_image_tokens + prompts.shape[-2]))
     if micro_batch < 1:
         raise OptionError(f"micro_batch must be at least 1, got {micro_batch}")
     return micro_batch
+
+
+def bytes_per_token(backbone: FrozenViT, *, backward: bool) -> int:
+    """Memory that one token takes in the network, about: what is alive at once in a block, and with the backward pass
+    what every block keeps (normalised rows, queries, keys and values, attention's output, the MLP's inner layer)."""
+    block = backbone.blocks[0]
+    width, inner, size = backbone.width, block.fc1_weight.shape[0], backbone.dtype.itemsize
+    alive = 2 * 4 * width + size * (6 * width + 2 * inner)
+    return alive + (backbone.depth * size * (6 * width + inner) if backward else 0)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that the driver has, and those that PyTorch holds and does not use."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def _micro_batches(num_prompts: int, num_images: int, size: int) -> Iterator[tuple[slice, list[slice]]]:

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hgprompt import operations
 from hgprompt.backbone import FrozenViT
 from hgprompt.bundled import load_backbone
-from hgprompt.encoder import Impl, check_prompts, encode, pull_back, select_engine
+from hgprompt.encoder import Impl, check_prompts, encode, pull_back
 from hgprompt.errors import BackboneError, DataError, HGPromptError, HGPromptWarning, OptionError
 from hgprompt.objective import Shrinkage, gram_of, h_score
 from hgprompt.optimize import Solver, check_options, jackknife_std, optimize_weights
@@ -109,7 +110,7 @@ def fast_ensemble(
     # What is made inside inference mode passes no gradient, so a caller's inference mode is suspended.
     with torch.inference_mode(False), Progress.of(progress) as report:
         names, stack, vit = _resolve(prompts, backbone, device, dtype)
-        select_engine(vit, impl)
+        operations.select(vit, impl)
         gather = _Pass(vit, stack, names, folds=folds, keep=keep, micro_batch=micro_batch, impl=impl)
         if fitted:
             sample = ImageSample(gradient_images, folds, seed)

@@ -1,7 +1,7 @@
-"""The network in plain PyTorch: image tokens × prompts → features, for one micro-batch.
+"""The network: image tokens × prompts → features, for one micro-batch.
 
-This is the specification of every other engine, and the engine of the CPU. An engine is a module with the two
-functions below; `hgprompt.encoder` picks one and knows nothing else of it.
+What computes is left to a set of operations (`hgprompt.operations`): plain PyTorch, which is the specification and
+runs on a CPU, or kernels. This page is the order in which they follow one another, the same for all.
 
 Work that is not done, exactly:
 - first block: LayerNorm and QKV of the image tokens are shared by all prompts, those of the prompts by all images;
@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hgprompt.kernels.attention import attention
 from hgprompt.kernels.mlp import hidden
 from hgprompt.kernels.norm import normalize
 
 if TYPE_CHECKING:
     from hgprompt.backbone import FrozenViT, NormSpec, PackedBlock, PackedNorm
+    from hgprompt.operations import Operations
 
 
 @dataclass(frozen=True)
@@ -43,91 +43,107 @@ class ImageTokens:
     v: Tensor  # [B, S, H, D]
 
 
-def embed(vit: FrozenViT, images: Tensor) -> ImageTokens:
+def embed(vit: FrozenViT, images: Tensor, ops: Operations) -> ImageTokens:
     """Prepared images [B, C, H, W] → the part of the first block that no prompt touches."""
+    block = vit.blocks[0]
     x = _residual(vit.norm_pre(vit.embed(images)))
-    return ImageTokens(x, *_qkv(vit.blocks[0], x))
+    return ImageTokens(x, *_separate(block, _qkv(block, _normalized(x, block.norm1, block, ops))))
 
 
-def features(vit: FrozenViT, tokens: ImageTokens, prompts: Tensor) -> Tensor:
+def features(vit: FrozenViT, tokens: ImageTokens, prompts: Tensor, ops: Operations) -> Tensor:
     """Features of every image under every prompt (Eq. 3).
 
     Args:
         vit: the packed backbone.
         tokens: of B images, from `embed`.
         prompts: [M, p, d] shallow or [M, L, p, d] deep, in the backbone's dtype and device.
+        ops: what computes them.
 
     Returns:
         [M, B, h] in the backbone's dtype; differentiable in the prompts.
     """
     deep = prompts.ndim == 4
-    x, num_rows = _first_block(vit, tokens, prompts[:, 0] if deep else prompts, keep_prompts=not deep)
+    rows = tokens.x.shape[1]
+    # x is the residual stream, y what the last MLP has yet to add to it: the next norm adds and normalises in one go.
+    x, y = _first_block(vit, tokens, prompts[:, 0] if deep else prompts, deep, ops)
     for i, block in enumerate(vit.blocks[1:], start=1):
-        if i == vit.depth - 1 and vit.pool == "token":
-            num_rows = 1
-        prefix = _qkv(block, _residual(prompts[:, i]))[1:] if deep else None
-        x = _block(block, x, num_rows if i == vit.depth - 1 else x.shape[2], prefix)
+        last = i == vit.depth - 1
+        if last and vit.pool == "token":
+            rows = 1
+        x, y = _block(block, x, y, rows if last else x.shape[2], prompts[:, i] if deep else None, ops)
     m, b = x.shape[:2]
-    return vit.pooled(x[:, :, :num_rows].flatten(0, 1).to(vit.dtype)).unflatten(0, (m, b))
+    pooled = x[:, :, :rows] + y[:, :, :rows]
+    return vit.pooled(pooled.flatten(0, 1).to(vit.dtype)).unflatten(0, (m, b))
 
 
-def _first_block(vit: FrozenViT, tokens: ImageTokens, prompts: Tensor, keep_prompts: bool) -> tuple[Tensor, int]:
-    """First block → [M, B, T, d] with T = S + p (or S, where the prompts' own outputs are not needed), and S."""
+def _first_block(
+    vit: FrozenViT, tokens: ImageTokens, prompts: Tensor, deep: bool, ops: Operations
+) -> tuple[Tensor, Tensor]:
+    """x and y [M, B, T, d], T = S + p, or S for deep prompts, whose own outputs are not needed."""
     block = vit.blocks[0]
-    m, b, s = len(prompts), *tokens.x.shape[:2]
+    m, b = len(prompts), len(tokens.x)
     prompts = _residual(vit.norm_pre(prompts))
-    q, k, v = _qkv(block, prompts)
-    keys, values = _beside(tokens.k, k), _beside(tokens.v, v)
-    if keep_prompts:
-        queries, x = _beside(tokens.q, q), _beside(tokens.x, prompts)
-    else:
-        queries, x = (t.expand(m, *t.shape) for t in (tokens.q, tokens.x))
-    mixed = attention(queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), block.scale)
-    return _project_and_mlp(block, x, mixed.unflatten(0, (m, b))), s
+    of_prompts = _separate(block, _qkv(block, _normalized(prompts, block.norm1, block, ops)))
+    q2, k2, v2 = (t[:, None].expand(m, b, *t.shape[1:]) for t in of_prompts)
+    q1, k1, v1 = (t.expand(m, *t.shape) for t in (tokens.q, tokens.k, tokens.v))
+    x = tokens.x.expand(m, *tokens.x.shape)
+    if not deep:
+        x = torch.cat([x, prompts[:, None].expand(m, b, *prompts.shape[1:])], dim=2)
+    mixed = ops.segment_attention(q1, k1, v1, block.scale, None if deep else q2, k2, v2)
+    return _project_and_mlp(block, x, mixed, ops)
 
 
-def _block(block: PackedBlock, x: Tensor, num_rows: int, prefix: tuple[Tensor, ...] | None) -> Tensor:
-    """A later block on x [M, B, T, d] → [M, B, num_rows, d], with the prompts' keys and values if they are deep."""
+def _block(
+    block: PackedBlock, x: Tensor, y: Tensor, rows: int, prompts: Tensor | None, ops: Operations
+) -> tuple[Tensor, Tensor]:
+    """A later block on x + y [M, B, T, d] → its first `rows` tokens' x and y; prompts: deep ones' tokens here."""
     m, b, t, _ = x.shape
-    if num_rows == t:
-        q, k, v = _qkv(block, x)
+    x, z = ops.add_normalize(x, y, block.norm1.kind, block.norm1.eps, block.qkv_weight.dtype)
+    k2 = v2 = None
+    if prompts is not None:
+        of_prompts = _separate(block, _qkv(block, _normalized(_residual(prompts), block.norm1, block, ops)))
+        k2, v2 = (u[:, None].expand(m, b, *u.shape[1:]) for u in of_prompts[1:])
+    if rows == t and block.q_norm is None and block.k_norm is None:
+        mixed = ops.packed_attention(_qkv(block, z), block.scale, k2, v2)
     else:
-        width = block.num_heads * block.head_dim
-        z = _normalized(x, block.norm1, block.qkv_weight.dtype)
-        q = _heads(block, z[:, :, :num_rows], 0, width)
-        k, v = _heads(block, z, width, 3 * width).chunk(2, dim=-2)
-        q, k = _norm_heads(block.q_norm, q), _norm_heads(block.k_norm, k)
-        x = x[:, :, :num_rows]
-    if prefix is not None:
-        k, v = (
-            torch.cat([a, p[:, None].expand(m, b, *p.shape[1:])], dim=2) for a, p in zip((k, v), prefix, strict=True)
+        if rows == t:
+            q1, k1, v1 = _separate(block, _qkv(block, z))
+        else:
+            x = x[:, :, :rows]
+            q1 = _norm_heads(block.q_norm, _qkv(block, z[:, :, :rows], 0, 1)[..., 0, :, :])
+            k1, v1 = _qkv(block, z, 1, 3).unbind(-3)
+            k1 = _norm_heads(block.k_norm, k1)
+        mixed = ops.segment_attention(q1, k1, v1, block.scale, None, k2, v2)
+    return _project_and_mlp(block, x, mixed, ops)
+
+
+def _project_and_mlp(block: PackedBlock, x: Tensor, mixed: Tensor, ops: Operations) -> tuple[Tensor, Tensor]:
+    y = F.linear(_norm_heads(block.attn_norm, mixed), block.proj_weight, block.proj_bias)
+    x, z = ops.add_normalize(x, y, block.norm2.kind, block.norm2.eps, block.fc1_weight.dtype)
+    if block.mlp_norm is None:
+        return x, ops.mlp(
+            z, block.fc1_weight, block.fc1_bias, block.fc2_weight, block.fc2_bias, block.activation, block.gated
         )
-    mixed = attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), block.scale)
-    return _project_and_mlp(block, x, mixed.unflatten(0, (m, b)))
+    z = _norm_heads(block.mlp_norm, hidden(z, block.fc1_weight, block.fc1_bias, block.activation, block.gated))
+    return x, F.linear(z, block.fc2_weight, block.fc2_bias)
 
 
-def _project_and_mlp(block: PackedBlock, x: Tensor, mixed: Tensor) -> Tensor:
-    x = x + F.linear(_norm_heads(block.attn_norm, mixed), block.proj_weight, block.proj_bias)
-    z = _normalized(x, block.norm2, block.fc1_weight.dtype)
-    z = hidden(z, block.fc1_weight, block.fc1_bias, block.activation, block.gated)
-    return x + F.linear(_norm_heads(block.mlp_norm, z), block.fc2_weight, block.fc2_bias)
+def _qkv(block: PackedBlock, z: Tensor, start: int = 0, stop: int = 3) -> Tensor:
+    """Projections `start` … `stop` of (queries, keys, values) of z [..., d] → [..., stop - start, H, D]."""
+    width = block.num_heads * block.head_dim
+    part = slice(start * width, stop * width)
+    bias = None if block.qkv_bias is None else block.qkv_bias[part]
+    return F.linear(z, block.qkv_weight[part], bias).unflatten(-1, (stop - start, block.num_heads, block.head_dim))
 
 
-def _qkv(block: PackedBlock, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [..., T, H, D] of tokens [..., T, d]."""
-    z = _normalized(x, block.norm1, block.qkv_weight.dtype)
-    q, k, v = _heads(block, z, 0, 3 * block.num_heads * block.head_dim).chunk(3, dim=-2)
+def _separate(block: PackedBlock, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[..., 3, H, D] → queries, keys, values [..., H, D], with their norms if the network has them."""
+    q, k, v = qkv.unbind(-3)
     return _norm_heads(block.q_norm, q), _norm_heads(block.k_norm, k), v
 
 
-def _heads(block: PackedBlock, z: Tensor, start: int, stop: int) -> Tensor:
-    """Rows start … stop of the QKV projection of z [..., d] → [..., (stop - start) / D, D]."""
-    bias = None if block.qkv_bias is None else block.qkv_bias[start:stop]
-    return F.linear(z, block.qkv_weight[start:stop], bias).unflatten(-1, (-1, block.head_dim))
-
-
-def _normalized(x: Tensor, norm: NormSpec, dtype: torch.dtype) -> Tensor:
-    return normalize(x, norm.kind, norm.eps).to(dtype)
+def _normalized(x: Tensor, norm: NormSpec, block: PackedBlock, ops: Operations) -> Tensor:
+    return ops.add_normalize(x, None, norm.kind, norm.eps, block.qkv_weight.dtype)[1]
 
 
 def _residual(x: Tensor) -> Tensor:
@@ -136,10 +152,3 @@ def _residual(x: Tensor) -> Tensor:
 
 def _norm_heads(norm: PackedNorm | None, x: Tensor) -> Tensor:
     return x if norm is None else normalize(x, norm.spec.kind, norm.spec.eps, norm.weight, norm.bias)
-
-
-def _beside(images: Tensor, prompts: Tensor) -> Tensor:
-    """images [B, S, ...] and prompts [M, p, ...] → [M, B, S + p, ...]."""
-    m, b = len(prompts), len(images)
-    pair = images.expand(m, *images.shape), prompts[:, None].expand(m, b, *prompts.shape[1:])
-    return torch.cat(pair, dim=2)

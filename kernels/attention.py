@@ -1,29 +1,46 @@
-"""Multi-head attention over short sequences.
+"""Multi-head attention over short sequences whose tokens come in up to two segments.
 
-Layout of every argument: B sequences, T queries, S keys, H heads, D head width.
+Sequences are indexed by (m, b): one for every prompt and image. A segment is a tensor [M, B, T, H, D]; what all prompts
+share is expanded along M, what all images share along B (stride 0, nothing is copied). Queries and keys are the
+concatenation of their segments along T:
+
+- first block: image tokens, shared by the prompts, and prompt tokens, shared by the images;
+- middle blocks of shallow prompts: one segment;
+- last block: the queries of the pooled rows alone;
+- deep prompts: the prompts' keys and values as a second segment, without queries.
+
+Letters in shapes: M prompts, B images, T queries, S keys, H heads, D head width.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hgprompt.kernels.compiler import cdiv, jit, launch_options, next_power_of_2, on_device, precision_of, tl
+
 # Keys up to which a CPU writes the scores to memory in bfloat16: they still fit its caches.
 _MATERIALIZE_UP_TO = 1024
+_LOG2_E = 1.4426950408889634
+
+# What plain PyTorch computes ------------------------------------------------------------------------------------------
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(scale · q kᵀ) v for each sequence and head.
+    """softmax(scale · q kᵀ) v for each sequence and head, for one segment.
 
     Args:
-        q: queries [B, T, H, D], floating point.
-        k: keys [B, S, H, D], dtype of q.
-        v: values [B, S, H, D], dtype of q.
+        q: queries [N, T, H, D], floating point.
+        k: keys [N, S, H, D], dtype of q.
+        v: values [N, S, H, D], dtype of q.
         scale: factor on the scores, D**-0.5 in a standard ViT.
 
     Returns:
-        [B, T, H·D], heads side by side as an output projection reads them.
+        [N, T, H·D], heads side by side as an output projection reads them.
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= _MATERIALIZE_UP_TO:
@@ -32,3 +49,477 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     else:
         out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return out.transpose(1, 2).flatten(2)
+
+
+def segment_attention_reference(
+    q1: Tensor,
+    k1: Tensor,
+    v1: Tensor,
+    scale: float,
+    q2: Tensor | None = None,
+    k2: Tensor | None = None,
+    v2: Tensor | None = None,
+    one_segment: Callable[..., Tensor] = attention,
+) -> Tensor:
+    """The specification of `segment_attention`: the segments side by side, then `attention`, or another."""
+    q, k, v = (a if b is None else torch.cat([a, b], dim=2) for a, b in ((q1, q2), (k1, k2), (v1, v2)))
+    m, b = q.shape[:2]
+    return one_segment(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale).unflatten(0, (m, b))
+
+
+def packed_attention_reference(
+    qkv: Tensor,
+    scale: float,
+    k2: Tensor | None = None,
+    v2: Tensor | None = None,
+    one_segment: Callable[..., Tensor] = attention,
+) -> Tensor:
+    """The specification of `packed_attention`."""
+    q, k, v = qkv.unbind(3)
+    return segment_attention_reference(q, k, v, scale, None, k2, v2, one_segment)
+
+
+# Kernels --------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _rows(first, second, i, length, stride1, stride2, TWO: tl.constexpr):
+    """Pointers to rows i of two segments side by side; `length` is the first's."""
+    if TWO:
+        # The choice hides from the compiler that rows are aligned; the launcher has seen to it that they are.
+        return tl.multiple_of(tl.where(i < length, first + i * stride1, second + (i - length) * stride2), 16)
+    return first + i * stride1
+
+
+@jit
+def _forward(
+    q1, q2,  # [M, B, T1, H, D], [M, B, T2, H, D]
+    k1, k2,  # [M, B, S1, H, D], [M, B, S2, H, D]
+    v1, v2,  # as k1, k2, and with their strides
+    out,  # [M, B, T, H, D]
+    lse,  # [M, B, H, T] float32: log2 of the sum of 2^scores
+    q1_m, q1_b, q1_t, q2_m, q2_b, q2_t, k1_m, k1_b, k1_t, k2_m, k2_b, k2_t,
+    B, T1, T2, S1, S2,
+    scale,  # times log2(e)
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    TWO_Q: tl.constexpr, TWO_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of queries of one sequence and head, over all keys."""
+    T, S = T1 + T2, S1 + S2
+    tiles = tl.cdiv(T, BLOCK_T)
+    pid = tl.program_id(0)
+    tile, h, n = pid % tiles, (pid // tiles) % H, (pid // (tiles * H)).to(tl.int64)
+    m, b = n // B, n % B
+    d = tl.arange(0, BLOCK_D)
+    t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_d = d < D
+    q_rows = _rows(q1 + m * q1_m + b * q1_b + h * D, q2 + m * q2_m + b * q2_b + h * D, t, T1, q1_t, q2_t, TWO_Q)
+    q = tl.load(q_rows[:, None] + d[None, :], mask=(t < T)[:, None] & in_d[None, :], other=0.0)
+    k_first, k_second = k1 + m * k1_m + b * k1_b + h * D, k2 + m * k2_m + b * k2_b + h * D
+    v_first, v_second = v1 + m * k1_m + b * k1_b + h * D, v2 + m * k2_m + b * k2_b + h * D
+
+    best = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    mixed = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for start in range(0, S, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        in_keys = (s < S)[:, None] & in_d[None, :]
+        k = tl.load(_rows(k_first, k_second, s, S1, k1_t, k2_t, TWO_K)[:, None] + d[None, :], mask=in_keys, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        scores = tl.where((s < S)[None, :], scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        p = tl.exp2(scores - new_best[:, None])
+        rescale = tl.exp2(best - new_best)
+        total = total * rescale + tl.sum(p, 1)
+        v = tl.load(_rows(v_first, v_second, s, S1, k1_t, k2_t, TWO_K)[:, None] + d[None, :], mask=in_keys, other=0.0)
+        mixed = tl.dot(p.to(v.dtype), v, mixed * rescale[:, None], input_precision=PRECISION)
+        best = new_best
+    mixed = mixed / total[:, None]
+    rows = out + n * T * H * D + t * (H * D) + h * D
+    tl.store(rows[:, None] + d[None, :], mixed.to(out.dtype.element_ty), mask=(t < T)[:, None] & in_d[None, :])
+    tl.store(lse + (n * H + h) * T + t, best + tl.log2(total), mask=t < T)
+
+
+@jit
+def _delta(out, dout, delta, rows, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """delta[n, h, t] = Σ_d out · dout: what the softmax's derivative takes off. rows = T."""
+    tiles = tl.cdiv(rows, BLOCK)
+    pid = tl.program_id(0)
+    tile, h, n = pid % tiles, (pid // tiles) % H, (pid // (tiles * H)).to(tl.int64)
+    t = tile * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_D)
+    place = n * rows * H * D + (t * (H * D))[:, None] + h * D + d[None, :]
+    inside = (t < rows)[:, None] & (d < D)[None, :]
+    product = tl.load(out + place, mask=inside, other=0.0).to(tl.float32)
+    product *= tl.load(dout + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(delta + (n * H + h) * rows + t, tl.sum(product, 1), mask=t < rows)
+
+
+@jit
+def _backward_keys(
+    q1, q2, k1, k2, v1, v2,  # as in the forward pass
+    dout,  # [M, B, T, H, D]
+    lse, delta,  # [M, B, H, T] float32
+    dk1, dk2, dv1, dv2,  # as k1 … v2, each sequence of its own; rows before first_key are not written
+    dq1, dq2,  # as q1, q2, each sequence of its own; written where WHOLE
+    q1_m, q1_b, q1_t, q2_m, q2_b, q2_t, k1_m, k1_b, k1_t, k2_m, k2_b, k2_t,
+    dk1_n, dk1_t, dk2_n, dk2_t, dq1_n, dq1_t, dq2_n, dq2_t,
+    B, T1, T2, S1, S2, first_key,
+    scale,  # without log2(e)
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    TWO_Q: tl.constexpr, TWO_K: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of keys, from first_key on, of one sequence and head, over all queries.
+
+    WHOLE: the tile holds all keys, so the queries' gradient is complete in each step, and delta is the row sum of
+    p · dp: dQ, dK and dV come out of one program, and neither `out` nor delta is read.
+    """
+    T, S = T1 + T2, S1 + S2
+    tiles = tl.cdiv(S - first_key, BLOCK_S)
+    pid = tl.program_id(0)
+    tile, h, n = pid % tiles, (pid // tiles) % H, (pid // (tiles * H)).to(tl.int64)
+    m, b = n // B, n % B
+    d = tl.arange(0, BLOCK_D)
+    in_d = d < D
+    s = first_key + tile * BLOCK_S + tl.arange(0, BLOCK_S)
+    in_keys = (s < S)[:, None] & in_d[None, :]
+    k_rows = _rows(k1 + m * k1_m + b * k1_b + h * D, k2 + m * k2_m + b * k2_b + h * D, s, S1, k1_t, k2_t, TWO_K)
+    v_rows = _rows(v1 + m * k1_m + b * k1_b + h * D, v2 + m * k2_m + b * k2_b + h * D, s, S1, k1_t, k2_t, TWO_K)
+    k = tl.load(k_rows[:, None] + d[None, :], mask=in_keys, other=0.0)
+    v = tl.load(v_rows[:, None] + d[None, :], mask=in_keys, other=0.0)
+    q_first, q_second = q1 + m * q1_m + b * q1_b + h * D, q2 + m * q2_m + b * q2_b + h * D
+    log2e: tl.constexpr = 1.4426950408889634
+
+    dk_sum = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    dv_sum = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    for start in range(0, T, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        in_queries = (t < T)[:, None] & in_d[None, :]
+        q = tl.load(
+            _rows(q_first, q_second, t, T1, q1_t, q2_t, TWO_Q)[:, None] + d[None, :], mask=in_queries, other=0.0
+        )
+        place = n * T * H * D + (t * (H * D))[:, None] + h * D + d[None, :]
+        do = tl.load(dout + place, mask=in_queries, other=0.0)
+        # Rows past the end get an infinite normaliser: p = 0.
+        norm = tl.load(lse + (n * H + h) * T + t, mask=t < T, other=float("inf"))
+        # Keys along the rows: p and ds are then left operands of the products that follow, and stay in registers.
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * log2e)
+        p = tl.exp2(scores - norm[None, :])
+        p = tl.where((s < S)[:, None], p, 0.0)
+        dv_sum = tl.dot(p.to(do.dtype), do, dv_sum, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        if WHOLE:
+            taken = tl.sum(p * dp, 0)
+        else:
+            taken = tl.load(delta + (n * H + h) * T + t, mask=t < T, other=0.0)
+        ds = (p * (dp - taken[None, :]) * scale).to(q.dtype)
+        dk_sum = tl.dot(ds, q, dk_sum, input_precision=PRECISION)
+        if WHOLE:
+            dq_t = tl.dot(tl.trans(k), ds, input_precision=PRECISION).to(dq1.dtype.element_ty)
+            dq_rows = _rows(dq1 + n * dq1_n + h * D, dq2 + n * dq2_n + h * D, t, T1, dq1_t, dq2_t, TWO_Q)
+            tl.store(dq_rows[None, :] + d[:, None], dq_t, mask=(t < T)[None, :] & in_d[:, None])
+    dk_rows = _rows(dk1 + n * dk1_n + h * D, dk2 + n * dk2_n + h * D, s, S1, dk1_t, dk2_t, TWO_K)
+    dv_rows = _rows(dv1 + n * dk1_n + h * D, dv2 + n * dk2_n + h * D, s, S1, dk1_t, dk2_t, TWO_K)
+    tl.store(dk_rows[:, None] + d[None, :], dk_sum.to(dk1.dtype.element_ty), mask=in_keys)
+    tl.store(dv_rows[:, None] + d[None, :], dv_sum.to(dv1.dtype.element_ty), mask=in_keys)
+
+
+@jit
+def _backward_queries(
+    q1, q2, k1, k2, v1, v2,  # as in the forward pass
+    dout,  # [M, B, T, H, D]
+    lse, delta,  # [M, B, H, T] float32
+    dq1, dq2,  # as q1, q2, each sequence of its own; rows before first_query are not written
+    q1_m, q1_b, q1_t, q2_m, q2_b, q2_t, k1_m, k1_b, k1_t, k2_m, k2_b, k2_t,
+    dq1_n, dq1_t, dq2_n, dq2_t,
+    B, T1, T2, S1, S2, first_query,
+    scale,  # without log2(e)
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    TWO_Q: tl.constexpr, TWO_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of queries, from first_query on, of one sequence and head, over all keys."""
+    T, S = T1 + T2, S1 + S2
+    tiles = tl.cdiv(T - first_query, BLOCK_T)
+    pid = tl.program_id(0)
+    tile, h, n = pid % tiles, (pid // tiles) % H, (pid // (tiles * H)).to(tl.int64)
+    m, b = n // B, n % B
+    d = tl.arange(0, BLOCK_D)
+    in_d = d < D
+    t = first_query + tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_queries = (t < T)[:, None] & in_d[None, :]
+    q_rows = _rows(q1 + m * q1_m + b * q1_b + h * D, q2 + m * q2_m + b * q2_b + h * D, t, T1, q1_t, q2_t, TWO_Q)
+    q = tl.load(q_rows[:, None] + d[None, :], mask=in_queries, other=0.0)
+    do = tl.load(dout + n * T * H * D + (t * (H * D))[:, None] + h * D + d[None, :], mask=in_queries, other=0.0)
+    norm = tl.load(lse + (n * H + h) * T + t, mask=t < T, other=float("inf"))
+    taken = tl.load(delta + (n * H + h) * T + t, mask=t < T, other=0.0)
+    k_first, k_second = k1 + m * k1_m + b * k1_b + h * D, k2 + m * k2_m + b * k2_b + h * D
+    v_first, v_second = v1 + m * k1_m + b * k1_b + h * D, v2 + m * k2_m + b * k2_b + h * D
+    log2e: tl.constexpr = 1.4426950408889634
+
+    dq_sum = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for start in range(0, S, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        in_keys = (s < S)[:, None] & in_d[None, :]
+        k = tl.load(_rows(k_first, k_second, s, S1, k1_t, k2_t, TWO_K)[:, None] + d[None, :], mask=in_keys, other=0.0)
+        v = tl.load(_rows(v_first, v_second, s, S1, k1_t, k2_t, TWO_K)[:, None] + d[None, :], mask=in_keys, other=0.0)
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * log2e) - norm[:, None])
+        p = tl.where((s < S)[None, :], p, 0.0)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        ds = (p * (dp - taken[:, None]) * scale).to(k.dtype)
+        dq_sum = tl.dot(ds, k, dq_sum, input_precision=PRECISION)
+    dq_rows = _rows(dq1 + n * dq1_n + h * D, dq2 + n * dq2_n + h * D, t, T1, dq1_t, dq2_t, TWO_Q)
+    tl.store(dq_rows[:, None] + d[None, :], dq_sum.to(dq1.dtype.element_ty), mask=in_queries)
+
+
+# Launchers ------------------------------------------------------------------------------------------------------------
+
+
+def supported(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels take heads of this width: rows of 16 bytes, at most 128 numbers."""
+    return (
+        dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and head_dim <= 128
+        and head_dim * dtype.itemsize % 16 == 0
+    )
+
+
+class _Problem:
+    """One call's tensors as the kernels read them, and the arguments that all of them share.
+
+    An absent second segment is stood in for by the first, and not read.
+    """
+
+    def __init__(self, first: Sequence[Tensor], second: Sequence[Tensor | None]) -> None:
+        q1, k1, v1 = first
+        q2, k2, v2 = (x if x is not None and x.shape[2] else None for x in second)
+        self.m, self.b, self.t1, self.heads, self.width = q1.shape
+        self.s1 = k1.shape[2]
+        self.t2, self.s2 = (0 if x is None else x.shape[2] for x in (q2, k2))
+        self.t, self.s = self.t1 + self.t2, self.s1 + self.s2
+        q1, (k1, v1) = _readable(q1), _readable(k1, v1)
+        q2 = q1 if q2 is None else _readable(q2)
+        k2, v2 = (k1, v1) if k2 is None or v2 is None else _readable(k2, v2)
+        self.tensors = q1, q2, k1, k2, v1, v2
+        self.strides = tuple(stride for x in (q1, q2, k1, k2) for stride in x.stride()[:3])
+        self.lengths = self.b, self.t1, self.t2, self.s1, self.s2
+
+    def options(self, kernel: str) -> dict[str, Any]:
+        """Compile-time arguments and launch options of one of the kernels."""
+        q1, block_d = self.tensors[0], next_power_of_2(self.width)
+        return {
+            "H": self.heads, "D": self.width, "BLOCK_D": block_d, "PRECISION": precision_of(q1.dtype),
+            "TWO_Q": self.t2 > 0, "TWO_K": self.s2 > 0,
+        } | launch_options(f"attention_{kernel}", q1, block_d)  # fmt: skip
+
+    def grid(self, rows: int, block: int) -> tuple[int]:
+        """One program for each tile of `rows`, head and sequence."""
+        return (cdiv(rows, block) * self.m * self.b * self.heads,)
+
+
+def _readable(*tensors: Tensor) -> Any:
+    """The tensors with heads side by side, rows on 16 bytes, and common strides; copied where they are not so."""
+    x = tensors[0]
+    width = x.shape[4]
+    rows = (x.stride(i) * x.element_size() % 16 == 0 for i in range(3))
+    good = x.stride()[3:] == (width, 1) and all(rows)
+    good = good and all(y.data_ptr() % 16 == 0 and y.stride() == x.stride() for y in tensors)
+    chosen = tensors if good else [y.clone(memory_format=torch.contiguous_format) for y in tensors]
+    return chosen if len(tensors) > 1 else chosen[0]
+
+
+def _launch_forward(x: _Problem, scale: float) -> tuple[Tensor, Tensor]:
+    q1 = x.tensors[0]
+    out = q1.new_empty(x.m, x.b, x.t, x.heads * x.width)
+    lse = q1.new_empty(x.m, x.b, x.heads, x.t, dtype=torch.float32)
+    options = x.options("forward")
+    options["BLOCK_T"] = min(options["BLOCK_T"], next_power_of_2(x.t))
+    with on_device(q1):
+        _forward[x.grid(x.t, options["BLOCK_T"])](
+            *x.tensors, out, lse, *x.strides, *x.lengths, scale * _LOG2_E, **options
+        )
+    return out, lse
+
+
+def _launch_backward(
+    x: _Problem, scale: float, out: Tensor, lse: Tensor, dout: Tensor,
+    dq: Sequence[Tensor | None], dk: Sequence[Tensor | None], dv: Sequence[Tensor | None],
+) -> None:  # fmt: skip
+    """Fill gradients (first, second segment), [M, B, rows, H, D] with contiguous sequences and heads.
+
+    A first segment that is None is left out of the work. dk and dv are needed together, or not at all.
+    """
+    q1 = x.tensors[0]
+    dout = dout.contiguous()
+    first_key, first_query = (x.s1 if dk[0] is None else 0), (x.t1 if dq[0] is None else 0)
+    keys, queries = x.options("backward_keys"), x.options("backward_queries")
+    keys["BLOCK_T"], queries["BLOCK_T"] = (min(o["BLOCK_T"], next_power_of_2(x.t)) for o in (keys, queries))
+    whole = keys.pop("WHOLE_UP_TO") >= x.s and not first_key and not first_query and dk[0] is not None
+    keys |= {"WHOLE": whole} | ({"BLOCK_S": next_power_of_2(x.s)} if whole else {})
+    dq1, dq2 = _stood_in(dq, q1)
+    (dk1, dk2), (dv1, dv2) = _stood_in(dk, q1), _stood_in(dv, q1)
+    dq_strides = [stride for y in (dq1, dq2) for stride in y.stride()[1:3]]
+    dk_strides = [stride for y in (dk1, dk2) for stride in y.stride()[1:3]]
+    delta = torch.empty_like(lse)
+    with on_device(q1):
+        if not whole:
+            block = launch_options("attention_delta", q1, keys["BLOCK_D"])
+            _delta[x.grid(x.t, block["BLOCK"])](
+                out, dout, delta, x.t, H=x.heads, D=x.width, BLOCK_D=keys["BLOCK_D"], **block
+            )
+        if dk[0] is not None or dk[1] is not None:
+            _backward_keys[x.grid(x.s - first_key, keys["BLOCK_S"])](
+                *x.tensors, dout, lse, delta, dk1, dk2, dv1, dv2, dq1, dq2, *x.strides, *dk_strides, *dq_strides,
+                *x.lengths, first_key, scale, **keys,
+            )  # fmt: skip
+        if not whole and (dq[0] is not None or dq[1] is not None):
+            _backward_queries[x.grid(x.t - first_query, queries["BLOCK_T"])](
+                *x.tensors, dout, lse, delta, dq1, dq2, *x.strides, *dq_strides,
+                *x.lengths, first_query, scale, **queries,
+            )  # fmt: skip
+
+
+def _stood_in(pair: Sequence[Tensor | None], other: Tensor) -> tuple[Tensor, Tensor]:
+    """The pair, its gaps filled with a tensor that is not written."""
+    known = next((y for y in pair if y is not None), other)
+    first, second = (known if y is None else y for y in pair)
+    return first, second
+
+
+# Operators ------------------------------------------------------------------------------------------------------------
+
+_SEGMENTS = "Tensor q1, Tensor k1, Tensor v1, Tensor? q2, Tensor? k2, Tensor? v2, float scale"
+_PACKED = "Tensor qkv, Tensor? k2, Tensor? v2, float scale"
+
+
+@torch.library.custom_op("hgprompt::segment_attention", mutates_args=(), schema=f"({_SEGMENTS}) -> (Tensor, Tensor)")
+def _segment_op(q1, k1, v1, q2, k2, v2, scale):
+    return _launch_forward(_Problem((q1, k1, v1), (q2, k2, v2)), scale)
+
+
+@_segment_op.register_fake
+def _(q1, k1, v1, q2, k2, v2, scale):
+    m, b, t, heads, width = q1.shape
+    t = t + (0 if q2 is None else q2.shape[2])
+    return q1.new_empty(m, b, t, heads * width), q1.new_empty(m, b, heads, t, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "hgprompt::segment_attention_backward", mutates_args=(),
+    schema=f"(Tensor dout, Tensor out, Tensor lse, {_SEGMENTS}, bool[] needed) -> Tensor[]",
+)  # fmt: skip
+def _segment_backward_op(dout, out, lse, q1, k1, v1, q2, k2, v2, scale, needed):
+    grads = _segment_gradients(q1, k1, v1, q2, k2, v2, needed)
+    dq1, dk1, dv1, dq2, dk2, dv2 = (g if g.numel() else None for g in grads)
+    _launch_backward(_Problem((q1, k1, v1), (q2, k2, v2)), scale, out, lse, dout, (dq1, dq2), (dk1, dk2), (dv1, dv2))
+    return grads
+
+
+def _segment_gradients(q1, k1, v1, q2, k2, v2, needed):
+    """Gradients to be filled, in the order of the arguments; empty where none is needed.
+
+    The kernels write queries, or keys and values, of the second segment alone or of both.
+    """
+    first_q, first_k, second_q, second_k = needed
+    wanted = (first_q, first_k, first_k, first_q or second_q, first_k or second_k, first_k or second_k)
+    return [
+        y.new_empty(y.shape) if y is not None and want else q1.new_empty(0)
+        for y, want in zip((q1, k1, v1, q2, k2, v2), wanted, strict=True)
+    ]
+
+
+@_segment_backward_op.register_fake
+def _(dout, out, lse, q1, k1, v1, q2, k2, v2, scale, needed):
+    return _segment_gradients(q1, k1, v1, q2, k2, v2, needed)
+
+
+def _segment_setup(ctx, inputs, output):
+    q1, k1, v1, q2, k2, v2, scale = inputs
+    ctx.save_for_backward(q1, k1, v1, q2, k2, v2, *output)
+    ctx.scale = scale
+
+
+def _segment_backward(ctx, dout, _):
+    q1, k1, v1, q2, k2, v2, out, lse = ctx.saved_tensors
+    n = ctx.needs_input_grad
+    needed = [n[0], n[1] or n[2], n[3], n[4] or n[5]]
+    grads = torch.ops.hgprompt.segment_attention_backward(dout, out, lse, q1, k1, v1, q2, k2, v2, ctx.scale, needed)
+    return *(g if n[i] else None for i, g in enumerate(grads)), None
+
+
+torch.library.register_autograd("hgprompt::segment_attention", _segment_backward, setup_context=_segment_setup)
+
+
+@torch.library.custom_op("hgprompt::packed_attention", mutates_args=(), schema=f"({_PACKED}) -> (Tensor, Tensor)")
+def _packed_op(qkv, k2, v2, scale):
+    return _launch_forward(_Problem(qkv.unbind(3), (None, k2, v2)), scale)
+
+
+@_packed_op.register_fake
+def _(qkv, k2, v2, scale):
+    m, b, t, _, heads, width = qkv.shape
+    return qkv.new_empty(m, b, t, heads * width), qkv.new_empty(m, b, heads, t, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "hgprompt::packed_attention_backward", mutates_args=(),
+    schema=f"(Tensor dout, Tensor out, Tensor lse, {_PACKED}) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def _packed_backward_op(dout, out, lse, qkv, k2, v2, scale):
+    dqkv, dk2, dv2 = _packed_gradients(qkv, k2, v2)
+    dq, dk, dv = dqkv.unbind(3)
+    second = (dk2, dv2) if dk2.numel() else (None, None)
+    _launch_backward(
+        _Problem(qkv.unbind(3), (None, k2, v2)), scale, out, lse, dout, (dq, None), (dk, second[0]), (dv, second[1])
+    )
+    return dqkv, dk2, dv2
+
+
+def _packed_gradients(qkv, k2, v2):
+    return qkv.new_empty(qkv.shape), *(qkv.new_empty(0 if y is None else y.shape) for y in (k2, v2))
+
+
+@_packed_backward_op.register_fake
+def _(dout, out, lse, qkv, k2, v2, scale):
+    return _packed_gradients(qkv, k2, v2)
+
+
+def _packed_setup(ctx, inputs, output):
+    qkv, k2, v2, scale = inputs
+    ctx.save_for_backward(qkv, k2, v2, *output)
+    ctx.scale = scale
+
+
+def _packed_backward(ctx, dout, _):
+    qkv, k2, v2, out, lse = ctx.saved_tensors
+    dqkv, dk2, dv2 = torch.ops.hgprompt.packed_attention_backward(dout, out, lse, qkv, k2, v2, ctx.scale)
+    return dqkv, None if k2 is None else dk2, None if v2 is None else dv2, None
+
+
+torch.library.register_autograd("hgprompt::packed_attention", _packed_backward, setup_context=_packed_setup)
+
+
+def segment_attention(
+    q1: Tensor, k1: Tensor, v1: Tensor, scale: float,
+    q2: Tensor | None = None, k2: Tensor | None = None, v2: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """softmax(scale · q kᵀ) v, where queries, keys and values are two segments side by side (Triton).
+
+    Args:
+        q1, k1, v1: first segment, [M, B, T1, H, D] and twice [M, B, S1, H, D]; float16, bfloat16 or float32.
+        scale: factor on the scores.
+        q2, k2, v2: second segment, with T2 and S2 rows; None or no rows: there is none. Tensors that are expanded along
+            M or B are read where they lie.
+
+    Returns:
+        [M, B, T1 + T2, H·D], heads side by side. Differentiable once in every tensor; only what is needed is computed,
+        without atomics, so the same input gives the same bits.
+    """
+    out: Tensor = torch.ops.hgprompt.segment_attention(q1, k1, v1, q2, k2, v2, scale)[0]
+    return out
+
+
+def packed_attention(qkv: Tensor, scale: float, k2: Tensor | None = None, v2: Tensor | None = None) -> Tensor:
+    """`segment_attention` of one segment as the QKV projection leaves it, [M, B, T, 3, H, D], whose gradient is packed
+    in the same way; optionally with further keys and values [M, B, S2, H, D] (deep prompts)."""
+    out: Tensor = torch.ops.hgprompt.packed_attention(qkv, k2, v2, scale)[0]
+    return out

@@ -7,8 +7,14 @@ import os
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Without a GPU, Triton's interpreter runs the kernels on the CPU. It has to be said before Triton is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
-def pytest_configure():
+
+def pytest_configure(config):
+    # Here and not in pyproject.toml: there it would import hgprompt, and Triton with it, before the line above.
+    config.addinivalue_line("filterwarnings", "error::hgprompt.HGPromptWarning")
     # The tests' tensors are tiny: on a busy machine, a second thread makes every operation wait for the other.
     torch.set_num_threads(1)
 
@@ -19,3 +25,13 @@ def all_cores():
     torch.set_num_threads(os.cpu_count() or 1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unwritten_is_nan():
+    """Memory that a kernel allocates and does not write holds NaN, and is seen."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(was[0], warn_only=was[1])

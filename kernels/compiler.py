@@ -1,0 +1,91 @@
+"""What the kernels need of Triton, importable where there is none: the decorator, launch options, precision."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Triton is on the machines that have a GPU; elsewhere the plain functions stand alone
+    triton = tl = None
+
+ARCHITECTURES = {"sm_80": 80, "sm_90": 90}
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+"""Bytes that one program can have (A100, A800; H100, H200)."""
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the bare function where there is no Triton (which nothing then launches)."""
+    return function if triton is None else triton.jit(function)
+
+
+def interpreted() -> bool:
+    """Whether kernels run on the CPU, for tests: TRITON_INTERPRET=1 when Triton was imported."""
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def available(device: torch.device) -> bool:
+    """Whether the kernels run on this device: a GPU from sm_80 on, or a CPU under Triton's interpreter."""
+    if triton is None or interpreted():
+        return triton is not None and device.type == "cpu"
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def configurations() -> dict[str, dict[str, list[dict[str, int]]]]:
+    """The checked-in launch options: {architecture: {kernel: rows}}, see `launch_options`."""
+    text = (resources.files("hgprompt.kernels") / "configurations.json").read_text()
+    found: dict[str, dict[str, list[dict[str, int]]]] = json.loads(text)
+    return found
+
+
+def launch_options(kernel: str, x: Tensor, width: int) -> dict[str, int]:
+    """Tile sizes and Triton's options for a kernel on x's device and dtype.
+
+    The first row of the kernel's table with x's bits and a `width` of at least the one asked for; what `width` means is
+    the kernel's. One good row per case, no tuning at run time: a first call compiles once per case.
+    """
+    return dict(_row(kernel, _architecture(x.device), 8 * x.element_size(), width))
+
+
+@functools.cache
+def _row(kernel: str, architecture: str, bits: int, width: int) -> dict[str, int]:
+    for row in configurations()[architecture][kernel]:
+        if row["bits"] == bits and row["width"] >= width:
+            return {name: value for name, value in row.items() if name not in ("bits", "width")}
+    raise LookupError(f"{kernel} has no configuration for {bits} bits and width {width} on {architecture}")
+
+
+def _architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "sm_80"  # the interpreter
+    return "sm_90" if torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Kernels are launched on the tensor's own device, whatever the current one is."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, and at least 16: the least extent of a `tl.dot`."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """`input_precision` of `tl.dot`: three TF32 products give what float32 promises; below float32 it means nothing."""
+    return "tf32x3" if dtype == torch.float32 else "ieee"

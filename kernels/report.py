@@ -1,0 +1,253 @@
+"""What the kernels become on sm_80 and sm_90, without a GPU: python -m hgprompt.kernels.report [--json FILE]
+
+Every kernel and configuration that ships is compiled ahead of time, and the machine code is read with the tools that
+come with Triton: registers, spills, shared memory, and whether the products run on tensor cores. The exit status is 1
+where a kernel spills, needs more shared memory than the architecture has, or has a product without tensor-core
+instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hgprompt.kernels import attention, compiler, mlp, norm
+from hgprompt.kernels.compiler import ARCHITECTURES, SHARED_MEMORY, configurations, triton
+
+_TYPES = {16: ("bf16", "fp16"), 32: ("fp32",)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel to compile: its pointers' types by name, its constants, and Triton's options."""
+
+    kernel: Any
+    name: str
+    dtype: str
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    float32: tuple[str, ...] = ()
+    scalars: tuple[str, ...] = ()
+
+    @property
+    def uses_tensor_cores(self) -> bool:
+        return "PRECISION" in self.constants
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came out of one case on one architecture."""
+
+    kernel: str
+    architecture: str
+    dtype: str
+    constants: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    tensor_core_instructions: int
+    wide_loads: int
+    faults: tuple[str, ...]
+
+
+def cases(architecture: str) -> Iterator[Case]:
+    """Everything that ships: every row of the configurations, in both kinds of every compile-time switch."""
+    table = configurations()[architecture]
+    for kernel, rows in table.items():
+        for row in rows:
+            for dtype in _TYPES[row["bits"]]:
+                yield from _cases(kernel, row, dtype)
+
+
+def _cases(kernel: str, row: dict[str, int], dtype: str) -> Iterator[Case]:
+    options = {k: v for k, v in row.items() if k not in ("bits", "width", "num_warps", "num_stages", "WHOLE_UP_TO")}
+    launch: dict[str, Any] = {"num_warps": row["num_warps"], "num_stages": row["num_stages"]}
+    precision = {"PRECISION": "tf32x3" if dtype == "fp32" else "ieee"}
+    if kernel.startswith("attention"):
+        width = row["width"]
+        head = {"H": 12, "D": width, "BLOCK_D": compiler.next_power_of_2(width)}
+        function = getattr(attention, kernel.removeprefix("attention"))
+        if kernel == "attention_delta":
+            yield Case(function, kernel, dtype, head | options, **launch, float32=("delta",))
+            return
+        for two in (False, True):
+            both = head | precision | options | {"TWO_Q": two, "TWO_K": two}
+            if kernel == "attention_backward_keys":
+                both |= {"WHOLE": False}
+            yield Case(function, kernel, dtype, both, **launch, float32=("lse", "delta"), scalars=("scale",))
+        if row.get("WHOLE_UP_TO"):
+            whole = both | {"WHOLE": True, "BLOCK_S": compiler.next_power_of_2(row["WHOLE_UP_TO"])}
+            yield Case(function, kernel, dtype, whole, **launch, float32=("lse", "delta"), scalars=("scale",))
+    elif kernel.startswith("normalize"):
+        if dtype != "fp32" and kernel == "normalize":
+            return
+        width = row["width"] * 3 // 4
+        shape = {"D": width, "BLOCK_D": row["width"], "CENTRE": True}
+        if kernel == "normalize":
+            for add in (False, True):
+                yield Case(norm._forward, kernel, "bf16", shape | options | {"ADD": add}, **launch,
+                           float32=("x", "total", "rstd"), scalars=("eps",))  # fmt: skip
+        else:
+            yield Case(norm._backward, kernel, dtype, shape | options | {"ADDED": True, "TWO": True}, **launch,
+                       float32=("dtotal", "dx", "rstd"))  # fmt: skip
+    elif kernel == "activate":
+        for gated in (False, True):
+            for function in (mlp._activate, mlp._activate_backward):
+                fixed = {"F": 3072, "GATED": gated, "ACTIVATION": "gelu"} | options
+                yield Case(function, kernel, dtype, fixed, **launch)
+    elif kernel == "linear":
+        for multiply in (False, True):
+            fixed = {"BIAS": not multiply, "ACTIVATION": "gelu", "KEEP": not multiply, "MULTIPLY": multiply}
+            one = ("b_n",) if multiply else ("b_k",)
+            yield Case(mlp._linear, kernel, dtype, fixed | precision | options | dict.fromkeys(one, 1), **launch)
+    else:
+        raise LookupError(f"the report does not know the kernel {kernel}")
+
+
+def compile_case(case: Case, architecture: str) -> Compiled:
+    """Compile one case and read its machine code."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    signature = {}
+    for name in names:
+        if name in case.constants:
+            signature[name] = "constexpr"
+        elif name in case.float32:
+            signature[name] = "*fp32"
+        elif name in case.scalars:
+            signature[name] = "fp32"
+        elif _is_pointer(case.kernel, name):
+            signature[name] = f"*{case.dtype}"
+        else:
+            signature[name] = "i32"
+    # As at run time: pointers and strides of rows are multiples of 16.
+    aligned = [
+        i for i, n in enumerate(names) if signature[n].startswith("*") or (signature[n] == "i32" and _is_stride(n))
+    ]
+    source = ASTSource(case.kernel, signature, case.constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    built = triton.compile(source, target=GPUTarget("cuda", ARCHITECTURES[architecture], 32), options=options)
+    usage, code = _read(built.asm["cubin"])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump said nothing of {case.name}: {usage[:500]}")
+    products = len(re.findall(r"\b(?:HGMMA|HMMA|IMMA|QGMMA)\b", code))
+    result = Compiled(
+        kernel=case.kernel.__name__.strip("_") if case.name == "activate" else case.name,
+        architecture=architecture,
+        dtype=case.dtype,
+        constants=_describe(case),
+        registers=int(found[1]),
+        spilled_bytes=int(found[2]),
+        shared_bytes=int(built.metadata.shared),
+        tensor_core_instructions=products,
+        wide_loads=len(re.findall(r"\b(?:LDG\.E\.128|LDGSTS\.E\.(?:BYPASS\.)?(?:LTC128B\.)?128)", code)),
+        faults=(),
+    )
+    return dataclasses.replace(result, faults=faults(result, case.uses_tensor_cores))
+
+
+def faults(result: Compiled, uses_tensor_cores: bool) -> tuple[str, ...]:
+    """What must not ship."""
+    found = []
+    if result.spilled_bytes:
+        found.append(f"spills {result.spilled_bytes} bytes")
+    if result.shared_bytes > SHARED_MEMORY[result.architecture]:
+        found.append(f"needs {result.shared_bytes} bytes of shared memory")
+    if uses_tensor_cores and not result.tensor_core_instructions:
+        found.append("has products without tensor-core instructions")
+    return tuple(found)
+
+
+def _is_pointer(kernel: Any, name: str) -> bool:
+    return name in _POINTERS[kernel.__module__.rsplit(".", 1)[-1]]
+
+
+_POINTERS = {
+    "attention": {"q1", "q2", "k1", "k2", "v1", "v2", "out", "dout", "lse", "delta",
+                  "dq1", "dq2", "dk1", "dk2", "dv1", "dv2"},
+    "norm": {"x", "y", "total", "z", "rstd", "dtotal", "dz", "dx", "dy"},
+    "mlp": {"pre", "out", "dout", "dpre", "a", "b", "bias", "slope"},
+}  # fmt: skip
+
+
+def _is_stride(name: str) -> bool:
+    return bool(re.fullmatch(r"(d?[qkv][12]_[mbnt])|b_k|b_n|N|K|count", name))
+
+
+def _describe(case: Case) -> str:
+    hidden = ("H", "PRECISION", "GROUP", "BLOCK_D")
+    shown = {k: v for k, v in case.constants.items() if k not in hidden and v is not False}
+    shown |= {"warps": case.num_warps, "stages": case.num_stages}
+    return " ".join(k if v is True else f"{k}={v}" for k, v in shown.items())
+
+
+def _read(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and disassembly, by the tools in Triton's own folder."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = (
+            [str(tools / "cuobjdump"), "--dump-resource-usage", file.name],
+            [str(tools / "nvdisasm"), "-c", file.name],
+        )
+        usage, code = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
+    return usage, code
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the table there too")
+    parser.add_argument("--architecture", choices=list(ARCHITECTURES), action="append", help="default: all")
+    arguments = parser.parse_args(argv)
+    if triton is None:
+        print("there is no Triton on this machine: nothing to compile")
+        return 1
+    if compiler.interpreted():
+        print("TRITON_INTERPRET=1 is set: nothing would be compiled")
+        return 1
+    results = [
+        compile_case(case, architecture)
+        for architecture in arguments.architecture or ARCHITECTURES
+        for case in cases(architecture)
+    ]
+    print(table(results))
+    if arguments.json is not None:
+        record = {"triton": triton.__version__, "kernels": [dataclasses.asdict(r) for r in results]}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    bad = [r for r in results if r.faults]
+    for result in bad:
+        what = f"{result.kernel} {result.architecture} {result.dtype} {result.constants}"
+        print(f"FAULT {what}: {', '.join(result.faults)}")
+    print(f"{len(results)} kernels compiled with Triton {triton.__version__}, {len(bad)} at fault")
+    return 1 if bad else 0
+
+
+def table(results: list[Compiled]) -> str:
+    """One line a kernel."""
+    heads = f"{'kernel':26} {'arch':6} {'type':5} {'regs':>4} {'spill':>5} {'shared':>7} {'tensor':>6} {'wide':>4}"
+    return "\n".join([heads + "  configuration", *(_line(r) for r in results)])
+
+
+def _line(r: Compiled) -> str:
+    return (
+        f"{r.kernel:26} {r.architecture:6} {r.dtype:5} {r.registers:4} {r.spilled_bytes:5} {r.shared_bytes:7} "
+        f"{r.tensor_core_instructions:6} {r.wide_loads:4}  {r.constants}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The MLP's kernels against plain PyTorch in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rule import assert_by_rule
+
+pytest.importorskip("triton")
+from hgprompt.kernels import mlp
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOW = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
+
+
+def _weights(d, f, e, gated, bias):
+    generator = torch.Generator().manual_seed(1)
+    rows = 2 * f if gated else f
+    w1, w2 = (torch.randn(s, dtype=torch.float64, generator=generator) / s[1] ** 0.5 for s in ((rows, d), (e, f)))
+    b1, b2 = (torch.randn(n, dtype=torch.float64, generator=generator) if bias else None for n in (rows, e))
+    return w1, b1, w2, b2
+
+
+def _run(function, x, weights, dtype, *rest):
+    x = x.to(DEVICE, dtype).requires_grad_()
+    w1, b1, w2, b2 = (None if w is None else w.to(DEVICE, dtype) for w in weights)
+    out = function(x, w1, b1, w2, b2, *rest)
+    slope = torch.linspace(-3, 3, out.numel(), dtype=torch.float64).sin().view(out.shape).to(out)
+    return out.detach(), torch.autograd.grad((out * slope).sum(), x)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(
+    ("form", "gated"), [("library", False), ("library", True), ("fused", False)], ids=["library", "gated", "fused"]
+)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu"])
+@pytest.mark.parametrize(("shape", "f", "e"), [((2, 9, 40), 72, 40), ((1, 1, 16), 16, 24)], ids=str)
+def test_equals_plain(shape, f, e, activation, form, gated, bias, dtype):
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weights = _weights(shape[-1], f, e, gated, bias)
+    exact = _run(mlp.mlp_reference, x, weights, torch.float64, activation, gated)
+    peer = _run(mlp.mlp_reference, x, weights, dtype, activation, gated)
+    actual = _run(mlp.mlp, x, weights, dtype, activation, gated, form)
+    assert_by_rule(actual[0], peer[0], exact[0], 2, "output")
+    assert_by_rule(actual[1], peer[1], exact[1], 3, "gradient")
+
+
+@pytest.mark.parametrize("form", ["library", "fused"])
+def test_more_rows_and_columns_than_a_tile(form):
+    x = torch.randn(150, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weights = _weights(96, 200, 33, False, True)
+    exact = _run(mlp.mlp_reference, x, weights, torch.float64, "gelu", False)
+    peer = _run(mlp.mlp_reference, x, weights, torch.float32, "gelu", False)
+    actual = _run(mlp.mlp, x, weights, torch.float32, "gelu", False, form)
+    assert_by_rule(actual[0], peer[0], exact[0], 2)
+    assert_by_rule(actual[1], peer[1], exact[1], 3)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu"])
+def test_far_from_zero(activation):
+    """Activations at ±30 and ±1e4: finite, with slope 0 or 1."""
+    x = torch.tensor([[-1e4, -30.0, 30.0, 1e4]])
+    eye = torch.eye(4)
+    out, slope = _run(mlp.mlp, x.double(), (eye, None, eye, None), torch.float32, activation, False, "library")
+    torch.testing.assert_close(out.cpu(), torch.tensor([[0.0, 0.0, 30.0, 1e4]]), rtol=1e-6, atol=1e-6)
+    assert slope.isfinite().all()
+
+
+def test_nothing_is_kept_without_a_gradient():
+    x, eye = torch.randn(3, 4, device=DEVICE), torch.eye(4, device=DEVICE)
+    for fused in (False, True):
+        kept = torch.ops.hgprompt.mlp(x, eye, None, eye, None, "gelu", False, fused, False)[1]
+        assert kept.numel() == 0
+
+
+def test_operator_is_well_behaved():
+    x = torch.randn(3, 8, device=DEVICE, requires_grad=True)
+    w1, w2, bias = torch.randn(16, 8, device=DEVICE), torch.randn(8, 16, device=DEVICE), torch.randn(16, device=DEVICE)
+    for fused in (False, True):
+        torch.library.opcheck(torch.ops.hgprompt.mlp.default, (x, w1, bias, w2, None, "gelu", False, fused, True))

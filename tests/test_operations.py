@@ -1,0 +1,137 @@
+"""The network on the kernels against the network in plain PyTorch, and the choice between them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import literal
+import pytest
+import torch
+from rule import assert_by_rule
+
+from hgprompt import network, operations
+from hgprompt.backbone import FrozenViT
+from hgprompt.encoder import encode, pull_back
+from hgprompt.errors import OptionError
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOW = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
+VARIANTS = [
+    {},
+    {"depth": 1},
+    {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True},
+    {"global_pool": "avg", "reg_tokens": 1},
+    {"pre_norm": True, "init_values": 0.3},
+    {"class_token": False, "global_pool": "map"},
+]
+
+
+def _inputs(vit, deep, m=2, b=3, p=3):
+    generator = torch.Generator().manual_seed(2)
+    shape = (m, vit.depth, p, vit.width) if deep else (m, p, vit.width)
+    images = torch.randn(b, 3, *vit.image_size, dtype=torch.float64, generator=generator)
+    return torch.randn(shape, dtype=torch.float64, generator=generator), images
+
+
+def _both(vit, prompts, images, impl):
+    """Features and gradients of a loss that weighs them."""
+    slope = torch.linspace(-2, 2, prompts.shape[0] * len(images) * vit.width, dtype=torch.float64).sin()
+    slope = slope.view(len(prompts), len(images), vit.width).to(vit.device)
+    features, _, gradients = pull_back(
+        vit, prompts.to(vit.dtype), images.to(vit.dtype), lambda f, m, b: (f * slope[m, b]).sum((1, 2)), impl=impl
+    )
+    return features, gradients.to(vit.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+@pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_triton_equals_reference(options, deep, dtype):
+    model = literal.tiny_vit(**options).double()
+    exact_vit, vit = (FrozenViT.from_timm(model, dtype=d, device=DEVICE) for d in (torch.float64, dtype))
+    prompts, images = _inputs(vit, deep)
+    exact = _both(exact_vit, prompts, images, "reference")
+    peer, actual = (_both(vit, prompts, images, impl) for impl in ("reference", "triton"))
+    # A whole network: both round at the same places, in another order. 2 times the peer's error, 3 for gradients.
+    assert_by_rule(actual[0], peer[0], exact[0], 2, "features")
+    assert_by_rule(actual[1], peer[1], exact[1], 3, "gradients")
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
+def test_kernels_with_pytorchs_attention(deep):
+    vit = FrozenViT.from_timm(literal.tiny_vit(), device=DEVICE)
+    prompts, images = _inputs(vit, deep)
+    for a, b in zip(*(_both(vit, prompts, images, impl) for impl in ("sdpa", "reference")), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # float32 rounding over the blocks
+
+
+@pytest.mark.parametrize("p", [0, 1])
+def test_few_prompt_tokens(p):
+    vit = FrozenViT.from_timm(literal.tiny_vit(), device=DEVICE)
+    prompts, images = _inputs(vit, False, p=p)
+    a, b = (encode(vit, prompts, images.float(), impl=impl) for impl in ("triton", "reference"))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_one_graph_for_the_compiler():
+    """torch.compile traces the network with its kernels without a break, forward and backward."""
+    vit = FrozenViT.from_timm(literal.tiny_vit(), device=DEVICE)
+    prompts, images = _inputs(vit, False)
+    tokens = network.embed(vit, images.to(DEVICE, torch.float32), operations.TRITON)
+
+    def run(prompts):
+        return network.features(vit, tokens, prompts, operations.TRITON).square().sum()
+
+    leaf = prompts.to(DEVICE, torch.float32).requires_grad_()
+    expected = torch.autograd.grad(run(leaf), leaf)[0]
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(leaf), leaf)[0], expected)
+
+
+def test_the_choice():
+    vit = FrozenViT.from_timm(literal.tiny_vit())
+    assert operations.select(vit, "auto") is operations.REFERENCE  # a CPU, whatever the interpreter could do
+    assert operations.select(vit, "reference") is operations.REFERENCE
+    with pytest.raises(OptionError, match="impl must be"):
+        operations.select(vit, "cuda")
+    with pytest.raises(OptionError, match=r"float16, bfloat16 or float32|sm_80"):
+        operations.select(vit.double(), "triton")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="has a GPU")
+def test_kernels_without_a_gpu_are_refused():
+    program = """
+import sys; sys.path.insert(0, "tests")
+import literal
+from hgprompt import FrozenViT, HGPromptError, operations
+vit = FrozenViT.from_timm(literal.tiny_vit())
+assert operations.select(vit, "auto") is operations.REFERENCE
+try:
+    operations.select(vit, "triton")
+except HGPromptError as error:
+    assert "sm_80" in str(error) and "cpu" in str(error) and "reference" in str(error), error
+else:
+    raise AssertionError("not refused")
+"""
+    environment = {"TRITON_INTERPRET": "0", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_without_triton_the_plain_network_runs():
+    program = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+sys.path.insert(0, "tests")
+import literal, torch
+from hgprompt import FrozenViT, encode
+vit = FrozenViT.from_timm(literal.tiny_vit())
+assert encode(vit, torch.zeros(1, 2, 16), torch.zeros(1, 3, 16, 16)).isfinite().all()
+from hgprompt.kernels import report
+assert report.main([]) == 1
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "no Triton" in done.stdout
