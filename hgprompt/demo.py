@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +16,14 @@ import torch
 
 from hgprompt.backbone import FrozenViT
 from hgprompt.data import PROCEDURAL_TASKS, LabelledImages, render_task
-from hgprompt.errors import OptionError
+from hgprompt.errors import OptionError, OutputError
+from hgprompt.files import make_directory
 from hgprompt.pool import PromptPool
 from hgprompt.progress import Reporter
 from hgprompt.tuning import Comparison, TuneConfig, compare_starts, random_prompt, tune
 
 INIT_SEED = 42
+_CHECKPOINTS = ".hgprompt-demo-"
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,17 @@ TARGET_CONFIG = TuneConfig(batch_size=32, optimizer="adamw", lr=0.16, head_lr=0.
 def run_demo(
     backbone: FrozenViT, plan: DemoPlan, folder: Path, progress: bool | Reporter = False
 ) -> tuple[PromptPool, Comparison]:
-    """Tune the sources, mix them for the target, tune from four starts. Writes pool.safetensors into the folder.
+    """Tune the sources, mix them for the target, tune from all starts. Writes pool.safetensors into the folder.
 
     An interrupted demo goes on from its checkpoints when it is run again with the same plan.
+
+    Raises:
+        OptionError: the target is none of the procedural tasks. OutputError: the folder holds a pool of another origin.
     """
-    if plan.target not in PROCEDURAL_TASKS:
-        raise OptionError(f"no procedural task is named {plan.target!r}; there are {', '.join(PROCEDURAL_TASKS)}")
-    checkpoints = folder / "checkpoints"
-    checkpoints.mkdir(exist_ok=True)
+    check_plan(plan, folder)
+    # A place of its own for every plan: what another one left behind is neither used nor in the way.
+    what = f"{plan}{backbone.fingerprint}{backbone.dtype}{SOURCE_CONFIG}{TARGET_CONFIG}"
+    checkpoints = make_directory(folder / f"{_CHECKPOINTS}{zlib.crc32(what.encode()):08x}")
     size = backbone.image_size[0]
     pool = tune_sources(backbone, plan, checkpoints, progress)
     pool.save(folder / "pool.safetensors")
@@ -75,11 +81,22 @@ def run_demo(
 
     test = render_task(plan.target, plan.test_images, image_size=size, split="test")
     comparison = compare_starts(
-        backbone, pool, draw, test, seeds=plan.seeds, epochs=(plan.epochs,), config=TARGET_CONFIG,
+        backbone, pool, draw, test, seeds=plan.seeds, epochs=(plan.epochs,), config=TARGET_CONFIG, variants=(0.0,),
         folder=checkpoints, progress=progress,
     )  # fmt: skip
     shutil.rmtree(checkpoints, ignore_errors=True)
     return pool, comparison
+
+
+def check_plan(plan: DemoPlan, folder: Path) -> None:
+    """Raise OptionError or OutputError for what would go wrong, or destroy something, later."""
+    if plan.target not in PROCEDURAL_TASKS:
+        raise OptionError(f"no procedural task is named {plan.target!r}; there are {', '.join(PROCEDURAL_TASKS)}")
+    path = folder / "pool.safetensors"
+    if path.exists():
+        known = PromptPool.load(path)
+        if not all(known.metadata[name].get("source") == "procedural" for name in known):
+            raise OutputError(f"{path} is a pool that no demo has made, and would be lost: choose another folder")
 
 
 def tune_sources(backbone: FrozenViT, plan: DemoPlan, checkpoints: Path, progress: bool | Reporter) -> PromptPool:

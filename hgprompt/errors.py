@@ -39,5 +39,13 @@ class OptionError(HGPromptError, ValueError):
     """An argument outside the values that it can take."""
 
 
+def of_a_worker(error: HGPromptError) -> HGPromptError:
+    """The error itself, where a DataLoader has wrapped it in the traceback of the worker process that raised it."""
+    text = str(error).strip()
+    if not text.startswith("Caught ") or "\n" not in text:
+        return error
+    return type(error)(text.splitlines()[-1].partition(": ")[2])
+
+
 class HGPromptWarning(UserWarning):
     """Something that the caller should know about, although the call goes on."""

@@ -33,13 +33,52 @@ _DTYPE_BYTES = {
 
 
 def make_directory(path: str | Path) -> Path:
-    """Make a directory and its parents if they are missing, or raise OutputError."""
+    """Make a directory and its parents if they are missing; OutputError where that fails, or where none can write."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make the directory {path}: {error.strerror or error}; choose another") from error
+    check_writable(path)
     return path
+
+
+def check_writable(directory: Path) -> None:
+    """Raise OutputError where no file can be made: before the work, and not after it."""
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write into {directory}: {error.strerror or error}; choose another place") from error
+
+
+@contextlib.contextmanager
+def output_directory(path: str | Path) -> Iterator[Path]:
+    """`make_directory`, and where the block fails before anything was written, the new directory is gone again."""
+    path = Path(path)
+    new = not path.exists()
+    make_directory(path)
+    try:
+        yield path
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):  # it is not empty: what is there stays
+                path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """No other process is in such a block for a file of the same directory (where the file system has locks)."""
+    import fcntl
+
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: str | Path, text: str) -> None:

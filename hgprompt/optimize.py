@@ -20,6 +20,8 @@ from hgprompt.statistics import EnsembleStatistics
 logger = logging.getLogger(__name__)
 
 Solver = Literal["quasi-newton", "exponentiated-gradient", "projected-gradient"]
+MAX_LAM = 1e9
+"""Beyond, the H-score is lost in the rounding of the alignment loss: that is uniform weights, at no cost."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,8 @@ def jackknife_std(
 
 def check_options(*, lam: float, shrinkage: Shrinkage, solver: Solver, starts: int) -> None:
     """Raise OptionError for what can be known to be wrong before any work is done."""
-    if not (lam >= 0 and np.isfinite(lam)):
-        raise OptionError(f"lam must be a finite number of at least 0, got {lam}")
+    if not 0 <= lam <= MAX_LAM:
+        raise OptionError(f"lam must be a number from 0 to {MAX_LAM:g}, got {lam}")
     check_shrinkage(shrinkage)
     if solver not in ("quasi-newton", "exponentiated-gradient", "projected-gradient"):
         raise OptionError(

@@ -40,8 +40,9 @@ def plot_ensemble(result: EnsembleResult, path: str | Path) -> None:
     names = [_shortened(result.names[i]) for i in order]
     m = len(names)
     has_gradients = bool(result.gradient_cosines.isfinite().all())
-    figure = _figure(13 if has_gradients else 8.5, max(3.2, 0.34 * m + 1.8))
-    axes = figure.subplots(1, 3 if has_gradients else 2, sharey=False)
+    side = max(3.4, 0.34 * m + 1.8)
+    figure = _figure((8.8 + side + 0.8) if has_gradients else 8.8, side)
+    axes = figure.subplots(1, 3 if has_gradients else 2, width_ratios=[4, 4, side] if has_gradients else [1, 1])
     errors = result.weight_std[order].nan_to_num().numpy()
     _draw_weights(axes[0], names, result.weights[order].numpy(), errors, "± jackknife standard error")
 
@@ -49,9 +50,9 @@ def plot_ensemble(result: EnsembleResult, path: str | Path) -> None:
     axes[1].scatter(scores, range(m), color=ORANGE, s=45, label="prompt alone", zorder=3)
     axes[1].axvline(result.h_score, color=BLUE, label="this mixture")
     axes[1].axvline(result.uniform_h_score, color=GREY, linestyle="--", label="uniform mixture")
-    axes[1].set(title=f"H-score (at most {result.n_classes - 1})", xlabel="H on the new task")
+    axes[1].set(title=f"H-score\n(at most {result.n_classes - 1})", xlabel="H on the new task")
     axes[1].grid(axis="x", alpha=0.3)
-    axes[1].legend(frameon=False, loc="best", fontsize=9)
+    axes[1].legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.55 / side - 0.02), fontsize=9, ncols=1)
     _prompt_rows(axes[1], names)
     if has_gradients:
         _draw_cosines(figure, axes[2], names, result.gradient_cosines[order][:, order].numpy())
@@ -77,7 +78,8 @@ def plot_comparison(comparison: Comparison, title: str, path: str | Path) -> Non
     _draw_weights(axes[0], names, weights.mean(0)[order], spread, f"mean of {seeds} seeds ± standard deviation")
     if has_gradients:
         _draw_cosines(figure, axes[1], names, cosines[np.ix_(order, order)])
-    _draw_curves(axes[-1], comparison.starts, comparison.curve_epochs, comparison.curves.numpy())
+    chance = 100 / comparison.num_classes
+    _draw_curves(axes[-1], comparison.starts, comparison.curve_epochs, comparison.curves.numpy(), chance)
     figure.suptitle(title, fontsize=13)
     _save(figure, Path(path))
 
@@ -100,6 +102,8 @@ def plot_tuning(result: TuneResult, path: str | Path) -> None:
         tested = [(r["epoch"], 100 * r["test_accuracy"][k]) for r in result.history if "test_accuracy" in r]
         if tested:
             accuracy.plot(*zip(*tested, strict=True), linestyle=dash, label=f"{_shortened(name)}, test", **style)
+    for axis in (loss, accuracy):
+        axis.xaxis.get_major_locator().set_params(integer=True)
     loss.set(title="Cross-entropy on training images", xlabel="epoch", ylim=(0, None))
     accuracy.set(title=f"Accuracy on {_shortened(result.task)}", xlabel="epoch", ylabel="%")
     accuracy.legend(frameon=False, fontsize=9)
@@ -108,8 +112,10 @@ def plot_tuning(result: TuneResult, path: str | Path) -> None:
     _save(figure, Path(path))
 
 
-def _draw_curves(axis: Any, starts: Sequence[str], epochs: Sequence[int], curves: np.ndarray) -> None:
-    """Test accuracy [E, S, K] after each of `epochs`: mean over S seeds as a line, their range as a band."""
+def _draw_curves(axis: Any, starts: Sequence[str], epochs: Sequence[int], curves: np.ndarray, chance: float) -> None:
+    """Test accuracy [E, S, K] after each of `epochs`: mean of S seeds as a line, their range as a band; chance in %."""
+    axis.axhline(chance, color="0.6", linewidth=1, linestyle=(0, (1, 3)))
+    axis.annotate("by chance", (epochs[0], chance), color="0.4", fontsize=9, va="bottom")
     for k, name in enumerate(starts):
         colour, dash, marker = _LINES[k % len(_LINES)]
         mean = 100 * curves[:, :, k].mean(1)
@@ -136,16 +142,16 @@ def _draw_weights(axis: Any, names: Sequence[str], weights: np.ndarray, errors: 
     axis.errorbar(weights, range(m), xerr=errors, fmt="none", ecolor="black", capsize=3)
     axis.axvline(1 / m, color=GREY, linestyle="--", linewidth=1)
     axis.annotate(" uniform", (1 / m, m - 0.32), color="0.3", fontsize=9, va="bottom")
-    axis.set(title="How much of each prompt", xlabel=f"weight α ({spread})", xlim=(0, None))
+    axis.set(title="How much\nof each prompt", xlabel=f"weight α ({spread})", xlim=(0, None))
     _prompt_rows(axis, names)
 
 
 def _draw_cosines(figure: Any, axis: Any, names: Sequence[str], cosines: np.ndarray) -> None:
     m = len(names)
     picture = axis.imshow(cosines, cmap="PuOr", vmin=-1, vmax=1)
-    axis.set_xticks(range(m), names, rotation=45, ha="right")
-    axis.set_yticks(range(m), names)
-    axis.set_title("Do the gradients agree? (cosines)")
+    axis.set_xticks(range(m), names, rotation=90)
+    axis.set_yticks(range(m), [""] * m)  # the rows are those of the first panel
+    axis.set_title("Do the gradients agree?\n(cosines)")
     if m <= 14:
         for i in range(m):
             for j in range(m):

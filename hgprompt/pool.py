@@ -17,6 +17,7 @@ from hgprompt.errors import FileFormatError, PromptError
 _FORMAT, _VERSION = "hgprompt-pool", 1
 _PREFIX = "prompts."
 _MAX_NAME = 200
+_MAX_EXTENT = 16_384  # width, depth, pixels: what a stranger's file can make us allocate
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class BackboneInfo:
         try:
             name, fingerprint = record["name"], record["fingerprint"]
             numbers = [record["width"], record["depth"], *record["image_size"]]
-            good = len(numbers) == 4 and all(type(n) is int and 0 < n < 2**20 for n in numbers)
+            good = len(numbers) == 4 and all(type(n) is int and 0 < n <= _MAX_EXTENT for n in numbers)
             good = (
                 good and isinstance(name, str) and isinstance(fingerprint, str) and len(name) + len(fingerprint) < 1000
             )
@@ -260,9 +261,14 @@ def _named(prompts: Any) -> dict[str, Any]:
     return {f"prompt_{i}": prompt for i, prompt in enumerate(prompts)}
 
 
-def _checked(name: Any, prompt: Any) -> Tensor:
+def check_name(name: Any) -> None:
+    """Raise PromptError unless this can be a prompt's name."""
     if not isinstance(name, str) or not name or len(name) > _MAX_NAME or not name.isprintable():
         raise PromptError(f"a prompt's name must be 1 to {_MAX_NAME} printable characters, got {name!r:.80}")
+
+
+def _checked(name: Any, prompt: Any) -> Tensor:
+    check_name(name)
     if not isinstance(prompt, Tensor) or not prompt.is_floating_point() or prompt.ndim not in (2, 3):
         found = f"{list(prompt.shape)} {prompt.dtype}" if isinstance(prompt, Tensor) else type(prompt).__name__
         raise PromptError(f"prompt {name!r} must be a floating tensor [p, d] or, if deep, [L, p, d]; got {found}")

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+_LONGEST = 18  # characters of a stage's name beside a bar
+
 Reporter = Callable[[str, int, int | None], None]
 """report(stage, done, total): total is None while it is unknown."""
 
@@ -36,8 +38,8 @@ class Progress:
         from rich.progress import Progress as Bar
 
         columns = (
-            TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description:>9}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
         )  # fmt: skip
         console = Console(stderr=True)
         return cls(None, Bar(*columns, console=console, transient=True, disable=not console.is_terminal))
@@ -59,5 +61,6 @@ class Progress:
             self._reporter(stage, done, total)
         if self._bar is not None:
             if stage not in self._tasks:
-                self._tasks[stage] = self._bar.add_task(stage, total=total, note="")
+                shown = stage if len(stage) <= _LONGEST else stage[: _LONGEST - 1] + "…"
+                self._tasks[stage] = self._bar.add_task(shown, total=total, note="")
             self._bar.update(self._tasks[stage], completed=done, total=total, note=note)

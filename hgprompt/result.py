@@ -106,9 +106,10 @@ class EnsembleResult:
             for name, value in fields.items():
                 if value is None:
                     fields[name] = float("nan")
+            _check_types(fields)
             result = cls(**fields)
-        except (KeyError, TypeError) as error:
-            raise FileFormatError(f"{path} is incomplete: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{path} is incomplete or not understood: {error}") from error
         m = len(result.names)
         for name, shape in {
             "weights": (m,), "weight_std": (m,), "source_h_scores": (m,), "gradient_cosines": (m, m)
@@ -144,6 +145,19 @@ class EnsembleResult:
         record["backbone"] = self.backbone.to_dict()
         plain: dict[str, Any] = jsonable({"format": "hgprompt-ensemble", "version": 1, **record})
         return plain
+
+
+def _check_types(fields: dict[str, Any]) -> None:
+    """Raise TypeError for a field of another type than a result has."""
+    for name in ("h_score", "alignment_loss", "objective", "gap", "uniform_h_score", "sample_h_score",
+                 "sample_h_score_mixed_prompt", "shrinkage_intensity", "lam", "n_images", "n_classes",
+                 "n_gradient_images", "kept_bytes"):  # fmt: skip
+        if not isinstance(fields[name], (int, float)):
+            raise TypeError(f"{name} is no number")
+    if not all(isinstance(n, str) for n in fields["names"]) or not all(type(c) is int for c in fields["classes"]):
+        raise TypeError("names are texts and classes integers")
+    if not isinstance(fields["converged"], bool) or not isinstance(fields["settings"], dict):
+        raise TypeError("converged or settings are of another type")
 
 
 def jsonable(value: Any) -> Any:

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from hgprompt import EnsembleResult, OptionError, PromptPool, load_backbone
+from hgprompt import EnsembleResult, OptionError, OutputError, PromptPool, load_backbone
 from hgprompt.data import PROCEDURAL_TASKS
 from hgprompt.demo import PLANS, DemoPlan, run_demo
 
@@ -27,7 +27,9 @@ def test_runs_whole(vit, tmp_path):
     pool, comparison = run_demo(vit, SMALL, tmp_path)
     assert set(pool) == set(PROCEDURAL_TASKS) - {"sprite-x-location"}
     assert PromptPool.load(tmp_path / "pool.safetensors").names == pool.names
-    assert comparison.curves.shape == (2, 2, 4)
+    assert comparison.starts == ("random", "best single", "uniform", "HGPrompt", "HGPrompt λ=0")
+    assert comparison.curves.shape == (2, 2, 5)
+    assert comparison.num_classes == 16
     assert bool((comparison.curves >= 0).all())
     assert bool((comparison.curves <= 1).all())
     assert [p.name for p in tmp_path.iterdir()] == ["pool.safetensors"]  # no checkpoint is left
@@ -46,7 +48,10 @@ def test_goes_on_where_it_was_interrupted(vit, tmp_path):
     whole = run_demo(vit, SMALL, tmp_path)[1]
     with pytest.raises(Stop):
         run_demo(vit, SMALL, tmp_path, progress=stop)
-    assert (tmp_path / "checkpoints").is_dir()
+    (kept,) = tmp_path.glob(".hgprompt-demo-*")
+    other = dataclasses.replace(SMALL, epochs=1, seeds=(1,))  # what another plan left is not in the way, and stays
+    run_demo(vit, other, tmp_path)
+    assert kept.is_dir()
     assert torch.equal(run_demo(vit, SMALL, tmp_path)[1].curves, whole.curves)
 
 
@@ -67,6 +72,15 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert len(record["accuracy"][0]) == 2
     assert (tmp_path / "here" / "demo.png").stat().st_size > 10_000
     assert EnsembleResult.load(tmp_path / "here" / "ensemble").n_images == 32
+
+
+def test_a_pool_of_another_origin_is_not_overwritten(vit, tmp_path):
+    path = tmp_path / "pool.safetensors"
+    PromptPool({"mine": torch.zeros(2, 192)}, metadata={"mine": {"task": "fruit"}}).save(path)
+    before = path.read_bytes()
+    with pytest.raises(OutputError, match="no demo has made"):
+        run_demo(vit, SMALL, tmp_path)
+    assert path.read_bytes() == before
 
 
 def test_unknown_target(vit, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from typing import Annotated, Any
 
 import typer
 
@@ -20,8 +22,20 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"hgprompt {version('hgprompt')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _common() -> None:
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Reuse visual prompts: tune them on some tasks, mix them for a new one, tune from the mixture.
 
     Begin with 'hgprompt demo'. Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 an error
@@ -36,12 +50,18 @@ app.command()(tune)
 app.command()(inspect)
 
 
+def _show_warning(message: Any, *_: Any) -> None:
+    typer.secho(f"warning: {message}", fg="yellow", err=True)
+
+
 def main() -> None:
     """Entry point: errors of hgprompt in one line, without a traceback."""
     from hgprompt.errors import HGPromptError
 
     try:
-        code = app(standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            code = app(standalone_mode=False)
     except HGPromptError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(1)

@@ -25,14 +25,14 @@ def demo(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """See it work: tune prompts on five tasks, mix them for a sixth, tune from four starts, and compare.
+    """See it work: tune prompts on five tasks, mix them for a sixth, tune from every start, and compare.
 
     Everything is bundled or rendered on the spot; nothing is downloaded. It prints what came out, whoever wins.
     """
     from hgprompt.cli import show
-    from hgprompt.demo import PLANS, run_demo
+    from hgprompt.demo import PLANS, check_plan, run_demo
     from hgprompt.errors import OptionError
-    from hgprompt.files import make_directory, write_text
+    from hgprompt.files import output_directory, write_text
     from hgprompt.plots import plot_comparison
     from hgprompt.result import jsonable
 
@@ -41,24 +41,25 @@ def demo(
     plan = PLANS["quick" if quick else "full" if full else "standard"]
     if target is not None:
         plan = dataclasses.replace(plan, target=target)
-    make_directory(out)
+    check_plan(plan, out)
     began = time.perf_counter()
-    vit = options.load_backbone(None, "mini", None, device, dtype)
-    if not as_json:
-        typer.echo(
-            f"Five prompts are tuned on five tasks ({plan.source_images} images, {plan.source_epochs} epochs each); "
-            f"{plan.target} is held out.\nIts {plan.images} labelled images say how much of each prompt to take; then "
-            f"every start is tuned for {plan.epochs} epochs.",
-            err=True,
-        )
-    pool, comparison = run_demo(vit, plan, out, progress=not (quiet or as_json))
-    seconds = time.perf_counter() - began
-    record = {"plan": dataclasses.asdict(plan), "seconds": seconds, "dtype": str(vit.dtype).removeprefix("torch.")}
-    record |= comparison.record()
-    write_text(out / "demo.json", json.dumps(jsonable(record), indent=1, allow_nan=False) + "\n")
-    title = f"{plan.target} from prompts for {len(pool)} other tasks"
-    plot_comparison(comparison, title, out / "demo.png")
-    comparison.ensembles[0].save(out / "ensemble")
+    with output_directory(out):
+        vit = options.load_backbone(None, "mini", None, device, dtype)
+        if not as_json:
+            typer.echo(
+                f"Five prompts are tuned on five tasks ({plan.source_images} images, {plan.source_epochs} epochs "
+                f"each); {plan.target} is held out.\nIts {plan.images} labelled images say how much of each prompt to "
+                f"take; then every start is tuned for {plan.epochs} epochs.",
+                err=True,
+            )
+        pool, comparison = run_demo(vit, plan, out, progress=not (quiet or as_json))
+        seconds = time.perf_counter() - began
+        record = {"plan": dataclasses.asdict(plan), "seconds": seconds, "dtype": str(vit.dtype).removeprefix("torch.")}
+        record |= comparison.record()
+        write_text(out / "demo.json", json.dumps(jsonable(record), indent=1, allow_nan=False) + "\n")
+        title = f"{plan.target} from prompts for {len(pool)} other tasks"
+        plot_comparison(comparison, title, out / "demo.png")
+        comparison.ensembles[0].save(out / "ensemble")
     files = [out / name for name in ("demo.png", "demo.json", "pool.safetensors", "ensemble/ensemble.safetensors")]
     if as_json:
         show.print_json(record | {"files": files})

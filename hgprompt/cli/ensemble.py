@@ -18,6 +18,7 @@ def ensemble(
     ] = Path("hgprompt-ensemble"),
     backbone: options.Backbone = None,
     weights: options.Weights = None,
+    image_size: options.ImageSize = None,
     split: options.Split = "train800val200",
     limit: options.Limit = None,
     exclude: Annotated[
@@ -33,8 +34,9 @@ def ensemble(
     batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1)] = 32,
     dtype: options.Dtype = "float32",
     device: options.Device = None,
-    workers: Annotated[int, typer.Option(help="Processes that decode images.", min=0)] = 0,
-    seed: Annotated[int, typer.Option(help="Of the gradient sample and the solver's starts.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the gradient sample and the solver's starts.", min=0, max=2**63 - 1)
+    ] = 0,
     plot: Annotated[bool, typer.Option(help="Draw the figure.", rich_help_panel=options.OUTPUT_PANEL)] = True,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -45,40 +47,40 @@ def ensemble(
     from it.
     """
     from hgprompt.cli import show
-    from hgprompt.data import load_task, make_loader
+    from hgprompt.data import ImageDataset
+    from hgprompt.data.folders import available_cores
     from hgprompt.ensemble import fast_ensemble
-    from hgprompt.files import make_directory
+    from hgprompt.files import output_directory
     from hgprompt.pool import PromptPool
 
     prompts = PromptPool.load(pool)
     if exclude:
         prompts = prompts.without(*exclude)
-    procedural = data.startswith(options.PROCEDURAL)
-    task = None if procedural else load_task(data, split)
-    make_directory(out)  # an unwritable place is an error before the work, not after it
-    vit = options.load_backbone(prompts.backbone, backbone, weights, device, dtype)
-    loader: Any
-    if task is None:
-        loader = options.render(data, split, vit, limit, seed).batches(batch_size)
-    else:
-        loader = make_loader(
-            task, vit.image_size, batch_size=batch_size, interpolation=vit.interpolation, workers=workers, limit=limit
+    with output_directory(out):
+        vit = options.load_backbone(prompts.backbone, backbone, weights, device, dtype, image_size)
+        images = options.load_images(data, split, vit, limit=limit, quiet=quiet or as_json)
+        loader: Any
+        if isinstance(images, ImageDataset):
+            from torch.utils.data import DataLoader
+
+            loader = DataLoader(images, batch_size, num_workers=available_cores())
+        else:
+            loader = images.batches(batch_size)
+        result = fast_ensemble(
+            prompts,
+            loader,
+            backbone=vit,
+            lam=lam,
+            shrinkage=_shrinkage(shrinkage),
+            preset="paper" if paper else None,
+            seed=seed,
+            progress=not (quiet or as_json),
         )
-    result = fast_ensemble(
-        prompts,
-        loader,
-        backbone=vit,
-        lam=lam,
-        shrinkage=_shrinkage(shrinkage),
-        preset="paper" if paper else None,
-        seed=seed,
-        progress=not (quiet or as_json),
-    )
-    result.save(out)
-    files = [out / "ensemble.safetensors", out / "report.json"]
-    if plot:
-        result.plot(out / "ensemble.png")
-        files.append(out / "ensemble.png")
+        result.save(out)
+        files = [out / "ensemble.safetensors", out / "report.json"]
+        if plot:
+            result.plot(out / "ensemble.png")
+            files.append(out / "ensemble.png")
     if as_json:
         show.print_json(show.ensemble_numbers(result) | {"files": files})
         return

@@ -19,10 +19,13 @@ def inspect(
 ) -> None:
     """Show what a prompt pool, an ensemble or a tuned prompt holds."""
     from hgprompt.cli import show
+    from hgprompt.errors import FileFormatError
     from hgprompt.pool import PromptPool
     from hgprompt.result import EnsembleResult
     from hgprompt.tuning import TuneResult
 
+    if path.name in ("tuned.safetensors", "ensemble.safetensors") and path.is_file():
+        path = path.parent
     if path.is_dir() and (path / "tuned.safetensors").is_file():
         tuned = TuneResult.load(path)
         if as_json:
@@ -31,6 +34,8 @@ def inspect(
             show.print_tuned(tuned)
         return
     if path.is_dir():
+        if not (path / "ensemble.safetensors").is_file():
+            raise FileFormatError(f"{path} holds neither an ensemble nor a tuned prompt")
         result = EnsembleResult.load(path)
         if as_json:
             show.print_json(show.ensemble_numbers(result))

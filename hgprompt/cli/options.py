@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,6 +47,7 @@ ImageSize = Annotated[
     typer.Option(
         help="Pixels; default: the pool's, or the model's own.",
         min=16,
+        max=2048,
         show_default=False,
         rich_help_panel=BACKBONE_PANEL,
     ),
@@ -74,8 +76,11 @@ Dtype = Annotated[
 ]
 Seed = Annotated[
     int,
-    typer.Option(help="Of the random start, the head and the order of images.", min=0, rich_help_panel=TRAINING_PANEL),
-]
+    typer.Option(
+        help="Of the random start, the head and the order of images.", min=0, max=2**63 - 1,
+        rich_help_panel=TRAINING_PANEL,
+    ),
+]  # fmt: skip
 Epochs = Annotated[int, typer.Option(help="Passes over the training images.", min=1, rich_help_panel=TRAINING_PANEL)]
 BatchSize = Annotated[int, typer.Option(help="Images per step.", min=1, rich_help_panel=TRAINING_PANEL)]
 Optimizer = Annotated[str, typer.Option(help="sgd (momentum 0.9) or adamw.", rich_help_panel=TRAINING_PANEL)]
@@ -128,21 +133,28 @@ def load_backbone(
         raise BackboneError("this pool names no backbone: give --backbone")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise OptionError(f"--device {device!r} is not known: {str(error).splitlines()[0]}") from error
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise OptionError(f"--device {device!r} cannot be used here: {reason}; leave it out, or give cpu") from error
     options: dict[str, Any] = {}
     if image_size is not None:
         options["img_size"] = image_size
     elif info is not None:
         options["img_size"] = info.image_size
-    return load_backbone(
+    vit = load_backbone(
         chosen,
         checkpoint=None if weights is None else str(weights),
         device=device,
         dtype=_dtype(dtype, device),
         **options,
     )
+    if any(size % patch for size, patch in zip(vit.image_size, vit.patch_size, strict=True)):
+        patch = vit.patch_size[0]
+        raise OptionError(
+            f"{vit.image_size[0]} pixels are no multiple of {vit.name}'s patches of {patch}: they would be cut"
+        )
+    return vit
 
 
 def _dtype(name: str, device: str) -> torch.dtype:
@@ -160,34 +172,40 @@ def _dtype(name: str, device: str) -> torch.dtype:
 
 
 def load_images(
-    data: str, split: str, vit: FrozenViT, *, limit: int | None, seed: int = 0, quiet: bool = True
+    data: str, split: str, vit: FrozenViT, *, limit: int | None, quiet: bool = True
 ) -> LabelledImages | ImageDataset:
-    """The images of a folder, or rendered ones."""
+    """The images of a folder, or rendered ones. The same limit means the same images in every command."""
     from hgprompt.data import load_task, open_images
     from hgprompt.progress import Progress
 
-    if data.startswith(PROCEDURAL):
-        return render(data, split, vit, limit, seed)
-    task: ImageTask = load_task(data, split)
     with Progress.of(not quiet) as report:
+        if data.startswith(PROCEDURAL):
+            return _render(data, split, vit, limit, lambda done, total: report("rendering", done, total))
+        task: ImageTask = load_task(data, split)
+        if limit is not None and limit < task.num_classes:
+            typer.secho(
+                f"warning: {limit} images of {task.num_classes} classes leave some without any", fg="yellow", err=True
+            )
         return open_images(
             task,
             vit.image_size,
             interpolation=vit.interpolation,
             limit=limit,
-            seed=seed,
             report=lambda done, total: report("decoding", done, total),
         )
 
 
-def render(data: str, split: str, vit: FrozenViT, limit: int | None, seed: int) -> LabelledImages:
-    """The images of procedural:NAME; any split but a test split is of one kind."""
+def _render(
+    data: str, split: str, vit: FrozenViT, limit: int | None, report: Callable[[int, int], None]
+) -> LabelledImages:
+    """The images of procedural:NAME, which has a training and a test split."""
     from hgprompt.data import render_task
+    from hgprompt.errors import DataError
 
-    kind = "test" if split.startswith("test") else "train"
-    return render_task(
-        data.removeprefix(PROCEDURAL), limit or 1000, image_size=vit.image_size[0], seed=seed, split=kind
-    )
+    if not split.startswith("train") and split != "test":
+        raise DataError(f"{data} has the splits train and test, not {split!r}")
+    name, kind = data.removeprefix(PROCEDURAL), "test" if split == "test" else "train"
+    return render_task(name, limit or 1000, image_size=vit.image_size[0], split=kind, report=report)
 
 
 def task_name(data: str) -> str:

@@ -39,6 +39,8 @@ def ensemble_numbers(result: EnsembleResult) -> dict[str, Any]:
     return {
         "weights": dict(zip(result.names, result.weights.tolist(), strict=True)),
         "weight_std": dict(zip(result.names, result.weight_std.tolist(), strict=True)),
+        "source_h_scores": dict(zip(result.names, result.source_h_scores.tolist(), strict=True)),
+        "gradient_cosines": result.gradient_cosines.tolist(),
     } | {key: getattr(result, key) for key in keys}
 
 
@@ -83,8 +85,8 @@ def print_pool(pool: PromptPool, title: str = "") -> None:
     else:
         size = "×".join(map(str, pool.backbone.image_size))
         console.print(
-            f"backbone: {escape(pool.backbone.name)}, depth {pool.backbone.depth}, {size} pixels, "
-            f"weights {pool.backbone.fingerprint[:16] or 'not recorded'}"
+            f"backbone: {escape(plain(pool.backbone.name))}, depth {pool.backbone.depth}, {size} pixels, "
+            f"weights {plain(pool.backbone.fingerprint[:16]) or 'not recorded'}"
         )
     for column in ("prompt", "RMS", "provenance"):
         table.add_column(column, justify="right" if column == "RMS" else "left", overflow="fold")
@@ -134,6 +136,7 @@ def print_comparison(comparison: Comparison, title: str) -> None:
         label = escape(name) + (f" ({_most_common(comparison.singles)})" if name == "best single" else "")
         table.add_row(label, *cells, difference, style="bold" if k == best else "")
     console.print(table)
+    console.print(f"by chance {100 / comparison.num_classes:.1f}")
     weights = [
         f"{escape(name)} {sum(float(e.weights[i]) for e in comparison.ensembles) / len(comparison.ensembles):.2f}"
         for i, name in enumerate(comparison.ensembles[0].names)
@@ -151,14 +154,20 @@ def verdict(comparison: Comparison) -> str:
     )
 
 
+_T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+"""Student's t at 97.5 % for 1, 2, … degrees of freedom: with few seeds, two standard errors are far from 95 %."""
+
+
 def _compared(differences: Any) -> str:
-    mean = 100 * float(differences.mean())
-    if len(differences) > 1:
-        error = 100 * float(differences.std()) / len(differences) ** 0.5
-        if abs(mean) <= 2 * error:
-            return f"cannot be told from ({mean:+.1f} ± {error:.1f} points)"
-        return f"ended {abs(mean):.1f} ± {error:.1f} points {'above' if mean > 0 else 'below'}"
-    return f"ended {mean:+.1f} points beside"
+    mean, count = 100 * float(differences.mean()), len(differences)
+    if count == 1:
+        return f"ended {mean:+.1f} points beside"
+    quantile = _T_QUANTILES[min(count - 2, len(_T_QUANTILES) - 1)]
+    half = quantile * 100 * float(differences.std()) / count**0.5
+    interval = f"95 % interval {mean - half:+.1f} … {mean + half:+.1f}"
+    if abs(mean) <= half:
+        return f"cannot be told from ({mean:+.1f} points, {interval})"
+    return f"ended {'above' if mean > 0 else 'below'} ({mean:+.1f} points, {interval})"
 
 
 def _spread(values: Any, sign: str = "") -> str:
@@ -184,8 +193,13 @@ def _flat(record: dict[str, Any]) -> list[str]:
         if isinstance(value, dict):
             parts += _flat(value)
         elif value is not None:
-            parts.append(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}")
+            parts.append(plain(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"))
     return parts
+
+
+def plain(text: str) -> str:
+    """Without characters that steer a terminal: pools come from strangers."""
+    return "".join(c if c.isprintable() else "�" for c in text)
 
 
 def _table(title: str) -> tuple[Console, Table]:
@@ -193,4 +207,4 @@ def _table(title: str) -> tuple[Console, Table]:
     from rich.markup import escape
     from rich.table import Table
 
-    return Console(), Table(title=escape(title) or None, title_justify="left")
+    return Console(), Table(title=escape(plain(title)) or None, title_justify="left")

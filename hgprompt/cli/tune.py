@@ -45,7 +45,16 @@ def train_source(
     weight_decay: options.WeightDecay = 1e-4,
     warmup: options.Warmup = 0.1,
     prompt_dropout: options.PromptDropout = 0.0,
-    seed: options.Seed = 42,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the random start, the head and the order of images; default: the pool's, or 42.",
+            min=0,
+            max=2**63 - 1,
+            show_default=False,
+            rich_help_panel=options.TRAINING_PANEL,
+        ),
+    ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     as_json: options.AsJson = False,
@@ -58,35 +67,36 @@ def train_source(
     """
     from hgprompt.cli import show
     from hgprompt.data.folders import available_cores
-    from hgprompt.errors import OptionError, PromptError
-    from hgprompt.pool import PromptPool
+    from hgprompt.errors import OptionError
+    from hgprompt.files import check_writable, locked
+    from hgprompt.pool import PromptPool, check_name
     from hgprompt.tuning import random_prompt
     from hgprompt.tuning import tune as run
 
     if name is not None and len(data) > 1:
         raise OptionError("--name goes with one source task; several are named after their folders")
     names = [name or options.task_name(source) for source in data]
+    for each in names:
+        check_name(each)
     known = PromptPool.load(pool) if pool.exists() else None
     vit = options.load_backbone(
         None if known is None else known.backbone, backbone, weights, device, dtype, image_size, default="mini"
     )
     if known is not None:
-        known.check_backbone(vit.info)
-        if deep and not known.is_deep:
-            raise PromptError(f"{pool} holds shallow prompts: a pool has prompts of one kind; give another --pool")
-        deep = known.is_deep
-    tokens = tokens or (10 if known is None else known.num_tokens)
+        deep, tokens, seed = _as_in_the_pool(known, pool, vit, deep, tokens, seed)
+    tokens, seed = tokens or 10, 42 if seed is None else seed
     config = _config(epochs, batch_size, optimizer, lr, head_lr, weight_decay, warmup, prompt_dropout, seed)
-    _try_to_write(pool)
+    check_writable(pool.parent)
     # What cannot be read is an error before the work, not in the middle of it.
-    all_images = [options.load_images(d, split, vit, limit=limit, seed=seed, quiet=quiet or as_json) for d in data]
-    records = [_record(images, config) for images in all_images]
+    all_images = [options.load_images(d, split, vit, limit=limit, quiet=quiet or as_json) for d in data]
+    records = [_record(images, vit, config) for images in all_images]
     todo = _not_yet_there(names, records, known, pool)
     start = random_prompt(vit, tokens, deep=deep, seed=seed)
     for source, images, record in zip(names, all_images, records, strict=True):
         if source not in todo:
+            typer.echo(f"{source} is in {pool} already, tuned in the same way on the same images", err=True)
             continue
-        checkpoint = pool.with_name(f"{pool.stem}.{source}.checkpoint.safetensors")
+        checkpoint = _checkpoint(pool, source)
         tuned = run(
             vit, {source: start}, images, config=config, checkpoint=checkpoint, progress=not (quiet or as_json),
             stage=source, workers=available_cores(),
@@ -94,8 +104,9 @@ def train_source(
         last = tuned.history[-1]
         record |= {"train_accuracy": last["train_accuracy"][0], "loss": last["loss"][0]}
         fresh = PromptPool({source: tuned.prompt(source)}, backbone=vit.info, metadata={source: record})
-        known = fresh if known is None else known.merge(fresh)
-        known.save(pool)  # after each source: an interruption keeps those that are done
+        with locked(pool):  # another command may add to the same pool
+            known = PromptPool.load(pool).merge(fresh) if pool.exists() else fresh
+            known.save(pool)  # after each source: an interruption keeps those that are done
         checkpoint.unlink(missing_ok=True)
     assert known is not None
     if as_json:
@@ -103,14 +114,17 @@ def train_source(
         show.print_json({"trained": trained, "pool": list(known), "files": [pool]})
         return
     show.print_pool(known, title=str(pool.name))
-    show.print_files([pool])
+    if todo:
+        show.print_files([pool])
 
 
 def tune(
     data: options.Data,
     start: Annotated[
         str,
-        typer.Option(help="Folder that 'ensemble' wrote, POOL.safetensors:NAME for one prompt of a pool, or random."),
+        typer.Option(
+            help="Folder that 'ensemble' or 'tune' wrote, POOL.safetensors:NAME for one of a pool, or random."
+        ),
     ] = RANDOM,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the results.", rich_help_panel=options.OUTPUT_PANEL)
@@ -118,13 +132,16 @@ def tune(
     backbone: options.Backbone = None,
     weights: options.Weights = None,
     image_size: options.ImageSize = None,
-    tokens: Annotated[int, typer.Option(help="Prompt tokens of a random start.", min=1, max=10_000)] = 10,
+    tokens: Annotated[
+        int | None, typer.Option(help="Prompt tokens of a random start; default: 10.", min=1, max=10_000)
+    ] = None,
     deep: Annotated[bool, typer.Option("--deep", help="A random start with tokens for every block.")] = False,
     split: options.Split = "train800val200",
     test: Annotated[
         str | None,
         typer.Option(help="What to test on: a split (procedural tasks: test), or a folder with the same classes."),
     ] = None,
+    evaluate_every: Annotated[int, typer.Option(help="Epochs between tests; 0: after the last alone.", min=0)] = 1,
     limit: options.Limit = None,
     epochs: options.Epochs = 20,
     batch_size: options.BatchSize = 32,
@@ -147,29 +164,32 @@ def tune(
     """
     from hgprompt.cli import show
     from hgprompt.data.folders import available_cores
-    from hgprompt.files import make_directory
+    from hgprompt.errors import OptionError
+    from hgprompt.files import output_directory
     from hgprompt.plots import plot_tuning
     from hgprompt.tuning import random_prompt
     from hgprompt.tuning import tune as run
 
     prompt, info = _start(start)
-    make_directory(out)
-    vit = options.load_backbone(info, backbone, weights, device, dtype, image_size, default="mini")
-    config = _config(epochs, batch_size, optimizer, lr, head_lr, weight_decay, warmup, prompt_dropout, seed)
-    images = options.load_images(data, split, vit, limit=limit, seed=seed, quiet=quiet or as_json)
-    tested = None if test is None else _test_images(data, test, images, vit, quiet or as_json)
-    if prompt is None:
-        prompt = random_prompt(vit, tokens, deep=deep, seed=seed)
-    elif info is not None:
-        _check_backbone(info, vit, start)
-    checkpoint = out / "checkpoint.safetensors"
-    result = run(
-        vit, {_start_name(start): prompt}, images, test=tested, config=config, evaluate_every=1, checkpoint=checkpoint,
-        progress=not (quiet or as_json), workers=available_cores(),
-    )  # fmt: skip
-    files = [*result.save(out), out / "tuning.png"]
-    plot_tuning(result, files[-1])
-    checkpoint.unlink(missing_ok=True)
+    if prompt is not None and (tokens is not None or deep):
+        raise OptionError("--tokens and --deep are of a random start: this one has its own")
+    with output_directory(out):
+        vit = options.load_backbone(info, backbone, weights, device, dtype, image_size, default="mini")
+        config = _config(epochs, batch_size, optimizer, lr, head_lr, weight_decay, warmup, prompt_dropout, seed)
+        images = options.load_images(data, split, vit, limit=limit, quiet=quiet or as_json)
+        tested = None if test is None else _test_images(data, test, images, vit, quiet or as_json)
+        if prompt is None:
+            prompt = random_prompt(vit, tokens or 10, deep=deep, seed=seed)
+        elif info is not None:
+            _check_backbone(info, vit, start)
+        checkpoint = out / "checkpoint.safetensors"
+        result = run(
+            vit, {_start_name(start): prompt}, images, test=tested, config=config, evaluate_every=evaluate_every,
+            checkpoint=checkpoint, progress=not (quiet or as_json), workers=available_cores(),
+        )  # fmt: skip
+        files = [*result.save(out), out / "tuning.png"]
+        plot_tuning(result, files[-1])
+        checkpoint.unlink(missing_ok=True)
     if as_json:
         last = result.history[-1]
         show.print_json({"task": result.task, "start": start, "last": last, "files": files})
@@ -192,15 +212,52 @@ def _config(
     from hgprompt.tuning import TuneConfig
 
     return TuneConfig(
-        epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, head_lr=head_lr,  # type: ignore[arg-type]
-        weight_decay=weight_decay, warmup=warmup, prompt_dropout=prompt_dropout, seed=seed,
+        epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,  # type: ignore[arg-type]
+        head_lr=lr / 4 if head_lr is None else head_lr, weight_decay=weight_decay, warmup=warmup,
+        prompt_dropout=prompt_dropout, seed=seed,
     )  # fmt: skip
 
 
-def _record(images: LabelledImages | ImageDataset, config: TuneConfig) -> dict[str, Any]:
-    """What a pool records of a source before it is tuned."""
+def _as_in_the_pool(
+    known: PromptPool, path: Path, vit: FrozenViT, deep: bool, tokens: int | None, seed: int | None
+) -> tuple[bool, int, int | None]:
+    """Kind, tokens and seed of the pool's prompts, which a new one shares; PromptError where it was asked not to."""
+    from hgprompt.errors import PromptError
+
+    if known.backbone is None:
+        raise PromptError(f"{path} does not say which backbone its prompts are for: give another --pool")
+    known.check_backbone(vit.info)
+    if deep and not known.is_deep:
+        raise PromptError(f"{path} holds shallow prompts: a pool has prompts of one kind; give another --pool")
+    if tokens not in (None, known.num_tokens):
+        raise PromptError(f"{path} holds prompts of {known.num_tokens} tokens, not {tokens}: give another --pool")
+    seeds = {record["init_seed"] for record in known.metadata.values() if type(record.get("init_seed")) is int}
+    if seed is not None and seeds and seeds != {seed}:
+        raise PromptError(
+            f"the prompts of {path} started from seed {', '.join(map(str, sorted(seeds)))}, not {seed}: a mixture "
+            "means something only where all had one start; leave --seed out, or give another --pool"
+        )
+    return known.is_deep, known.num_tokens, min(seeds) if seed is None and seeds else seed
+
+
+def _checkpoint(pool: Path, source: str) -> Path:
+    """Beside the pool, under a name that any source name can be turned into."""
+    import re
+    import zlib
+
+    plain = re.sub(r"[^\w.-]", "_", source)[:60]
+    if plain != source:
+        plain += f"-{zlib.crc32(source.encode()):08x}"
+    return pool.with_name(f"{pool.stem[:60]}.{plain}.checkpoint.safetensors")
+
+
+def _record(images: LabelledImages | ImageDataset, vit: FrozenViT, config: TuneConfig) -> dict[str, Any]:
+    """What a pool records of a source before it is tuned: two tunings with one record are one and the same."""
+    from hgprompt.tuning.checkpoint import digest_of_images
+
     training = {k: v for k, v in dataclasses.asdict(config).items() if k != "seed"}
-    training |= {"images": len(images), "classes": images.num_classes}
+    training |= {"images": len(images), "classes": images.num_classes, "pixels": vit.image_size[0]}
+    training |= {"dtype": str(vit.dtype).removeprefix("torch."), "data": digest_of_images(images)[:16]}
     return {"task": images.name, "init_seed": config.seed, "training": training}
 
 
@@ -222,27 +279,20 @@ def _not_yet_there(names: list[str], records: list[dict[str, Any]], known: Promp
     return todo
 
 
-def _try_to_write(path: Path) -> None:
-    """OutputError now and not after the training."""
-    import tempfile
-
-    from hgprompt.errors import OutputError
-
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
-
-
 def _start(start: str) -> tuple[Tensor | None, BackboneInfo | None]:
     from hgprompt.errors import OptionError
     from hgprompt.pool import PromptPool
     from hgprompt.result import EnsembleResult
+    from hgprompt.tuning import TuneResult
 
     if start == RANDOM:
         return None, None
+    if (Path(start) / "tuned.safetensors").is_file():
+        tuned = TuneResult.load(start)
+        return tuned.prompts[0], tuned.backbone
     if Path(start).is_dir():
+        if not (Path(start) / "ensemble.safetensors").is_file():
+            raise OptionError(f"--start {start!r}: in this folder is neither an ensemble nor a tuned prompt")
         result = EnsembleResult.load(start)
         return result.prompt, result.backbone
     path, colon, name = start.rpartition(":")
@@ -272,10 +322,14 @@ def _test_images(
     """The images of another split, or of another folder with the same classes."""
     from hgprompt.errors import DataError
 
-    if data.startswith(options.PROCEDURAL) or any(Path(data).glob("*.txt")):
+    if data.startswith(options.PROCEDURAL):
+        if test != "test":
+            raise DataError(f"{data} has one split to test on: --test test, got {test!r}")
+        return options.load_images(data, test, vit, limit=None, quiet=quiet)
+    if (Path(data) / f"{test}.txt").is_file() and not Path(test).is_dir():
         return options.load_images(data, test, vit, limit=None, quiet=quiet)
     if not Path(test).is_dir():
-        raise DataError(f"{data} has no splits: --test must be a folder with the same classes, got {test!r}")
+        raise DataError(f"--test {test!r} is neither a split of {data} nor a folder with the same classes")
     images = options.load_images(test, "test", vit, limit=None, quiet=quiet)
     if images.class_names != train.class_names:
         raise DataError(

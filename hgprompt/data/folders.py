@@ -26,6 +26,7 @@ from hgprompt.errors import DataError, OptionError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 MAX_LINES = 10_000_000
+MAX_CLASSES = 100_000
 MAX_PIXELS = 64 * 2**20
 MAX_CACHE_BYTES = 4 * 2**30
 VTAB_ALIASES = (
@@ -84,7 +85,7 @@ def load_task(folder: str | Path, split: str = "train800val200") -> ImageTask:
         raise DataError(f"{folder} is no folder of images")
     if (folder / f"{split}.txt").is_file():
         return _from_split_file(folder, folder / f"{split}.txt")
-    splits = sorted(p.stem for p in folder.glob("*.txt") if p.name != "classes.txt")
+    splits = sorted(p.stem for p in folder.glob("*.txt") if p.name != "classes.txt" and _lists_images(p))
     if splits:
         raise DataError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
     return _from_class_folders(folder)
@@ -254,8 +255,8 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
                 if width * height > max_pixels:
                     raise DataError(f"{path} is {width}×{height} pixels, over the limit of {max_pixels}")
                 return _to_rgb(ImageOps.exif_transpose(image))
-    except DataError:
-        raise
+    except DataError as error:
+        raise error if str(path) in str(error) else DataError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist") from error
     except Image.DecompressionBombError as error:  # Pillow's own limit comes first where ours is larger
@@ -265,7 +266,9 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode == "F":
+        raise DataError("its pixels are floating-point numbers of unknown range: save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float64)
         # 16-bit files have values up to 65535, whatever mode Pillow opens them in.
         return Image.fromarray(np.clip(values / 257, 0, 255).round().astype(np.uint8), "L").convert("RGB")
@@ -301,18 +304,30 @@ def _from_split_file(folder: Path, file: Path) -> ImageTask:
                 label = int(text)
             except ValueError as error:
                 raise DataError(f"{file}, line {number}: expected 'path label', got {line.strip()[:100]!r}") from error
-            if label < 0 or (class_names is not None and label >= len(class_names)):
-                known = "" if class_names is None else f" of {len(class_names)} in classes.txt"
-                raise DataError(f"{file}, line {number}: label {label} is no class{known}")
+            known = MAX_CLASSES if class_names is None else len(class_names)
+            if not 0 <= label < known:
+                where = f"of at most {known}" if class_names is None else f"of {known} in classes.txt"
+                raise DataError(f"{file}, line {number}: label {text[:30]} is no class {where}")
             path = folder / name
-            if not path.resolve().is_relative_to(root):
+            try:
+                inside, there = path.resolve().is_relative_to(root), path.is_file()
+            except (OSError, ValueError) as error:  # a name that no file can have
+                raise DataError(f"{file}, line {number}: {name[:100]!r} names no file ({error})"[:400]) from error
+            if not inside:
                 raise DataError(f"{file}, line {number}: {name[:100]!r} leads out of {folder}")
-            if not path.is_file():
+            if not there:
                 raise DataError(f"{file}, line {number}: {path} does not exist")
             samples.append((path, label))
     if not samples:
         raise DataError(f"{file} lists no images")
     return ImageTask(folder.name, tuple(samples), class_names)
+
+
+def _lists_images(file: Path) -> bool:
+    """Whether a text file looks like a split: its first line is an image file and a number, as no README's is."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        name, _, label = lines.readline(10_000).strip().rpartition(" ")
+    return label.isdecimal() and name.strip().lower().endswith(SUFFIXES)
 
 
 def _from_class_folders(folder: Path) -> ImageTask:
@@ -321,11 +336,15 @@ def _from_class_folders(folder: Path) -> ImageTask:
         raise DataError(f"{folder} has neither split files (such as train800val200.txt) nor a folder per class")
     samples = []
     for label, place in enumerate(classes):
-        files = sorted(p for p in place.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+        files = sorted(p for p in place.iterdir() if _is_image(p))
         if not files:
             raise DataError(f"class folder {place} holds no images ({', '.join(SUFFIXES)})")
         samples += [(p, label) for p in files]
     return ImageTask(folder.name, tuple(samples), tuple(p.name for p in classes))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _class_names(file: Path) -> tuple[str, ...] | None:

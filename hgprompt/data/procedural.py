@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from hgprompt.data.folders import MAX_CACHE_BYTES
 from hgprompt.data.images import LabelledImages
 from hgprompt.data.raycast import Camera, Solid, render, upright
 from hgprompt.errors import OptionError
@@ -37,7 +38,15 @@ class ProceduralTask:
     draw: Callable[[Rng, int, int], Picture]
 
 
-def render_task(name: str, count: int, *, image_size: int = 64, seed: int = 0, split: str = "train") -> LabelledImages:
+def render_task(
+    name: str,
+    count: int,
+    *,
+    image_size: int = 64,
+    seed: int = 0,
+    split: str = "train",
+    report: Callable[[int, int], None] | None = None,
+) -> LabelledImages:
     """Render `count` labelled images of a procedural task.
 
     Args:
@@ -45,6 +54,7 @@ def render_task(name: str, count: int, *, image_size: int = 64, seed: int = 0, s
         count: images; each class comes once in every run of C of them.
         image_size: height and width in pixels, 16 … 1024.
         seed, split: images of another seed or split are others, drawn independently.
+        report: report(done, count) while images are drawn.
 
     Returns:
         The images [count, 3, image_size, image_size], uint8, and their labels.
@@ -58,6 +68,9 @@ def render_task(name: str, count: int, *, image_size: int = 64, seed: int = 0, s
         raise OptionError(f"count must be at least 1, got {count}")
     if not 16 <= image_size <= _MAX_SIZE:
         raise OptionError(f"image_size must be 16 to {_MAX_SIZE}, got {image_size}")
+    if 3 * count * image_size**2 > MAX_CACHE_BYTES:
+        limit = MAX_CACHE_BYTES >> 30
+        raise OptionError(f"{count} images of {image_size} pixels take more than {limit} GiB: ask for fewer")
     if seed < 0:
         raise OptionError(f"seed must not be negative, got {seed}")
     task = PROCEDURAL_TASKS[name]
@@ -71,6 +84,8 @@ def render_task(name: str, count: int, *, image_size: int = 64, seed: int = 0, s
         labels[i] = order[i % num_classes]
         picture = task.draw(np.random.default_rng([*stream, 1, i]), int(labels[i]), image_size)
         images[i] = picture.transpose(2, 0, 1)
+        if report is not None:
+            report(i + 1, count)
     return LabelledImages(name, torch.from_numpy(images), torch.from_numpy(labels), task.class_names)
 
 

@@ -33,8 +33,8 @@ def identity(
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "runs": list(names),
         "starts": _digest([starts]),
-        "train": _digest_of_images(train),
-        "test": "" if test is None else _digest_of_images(test),
+        "train": digest_of_images(train),
+        "test": "" if test is None else digest_of_images(test),
         "evaluate_every": every,
         "config": dataclasses.asdict(config),
     }
@@ -89,10 +89,12 @@ class Checkpoint:
         return history
 
 
-def _digest_of_images(images: Any) -> str:
+def digest_of_images(images: Any) -> str:
+    """Of the images themselves where they are in memory; of their files' names and sizes where they are not."""
     if isinstance(images, LabelledImages):
         return _digest([images.images, images.labels])
-    listing = [[str(path), label] for path, label in images.samples] + [list(images.image_size), images.interpolation]
+    listing: list[Any] = [[str(path), path.stat().st_size, label] for path, label in images.samples]
+    listing += [list(images.image_size), images.interpolation]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 

@@ -34,7 +34,7 @@ class Comparison:
         accuracy: on the test images at the end of each budget, [E, S, K] in 0 … 1, float64.
         curves: on the test images after each of curve_epochs of the largest budget, [len(curve_epochs), S, K].
         ensembles: the result of `fast_ensemble`, for each seed. singles: the source with the highest H, for each seed.
-        seconds: of tuning, for each budget, over all seeds and starts.
+        seconds: of tuning, for each budget, over all seeds and starts. num_classes: C, of the target.
     """
 
     starts: tuple[str, ...]
@@ -46,6 +46,7 @@ class Comparison:
     ensembles: tuple[EnsembleResult, ...]
     singles: tuple[str, ...]
     seconds: tuple[float, ...]
+    num_classes: int
 
     def record(self) -> dict[str, Any]:
         """All numbers, JSON-able."""
@@ -63,6 +64,7 @@ class Comparison:
             "source_h_scores": [dict(zip(e.names, e.source_h_scores.tolist(), strict=True)) for e in self.ensembles],
             "alignment_loss": [e.alignment_loss for e in self.ensembles],
             "seconds": list(self.seconds),
+            "num_classes": self.num_classes,
         }
 
 
@@ -147,4 +149,5 @@ def compare_starts(
         ensembles=tuple(ensembles),
         singles=tuple(singles),
         seconds=tuple(seconds),
+        num_classes=test.num_classes,
     )

@@ -8,6 +8,9 @@ from typing import Literal
 
 from hgprompt.errors import OptionError
 
+MAX_RATE = 1e6
+"""Of learning rates and weight decay: beyond, float32 overflows in a step."""
+
 
 @dataclass(frozen=True)
 class TuneConfig:
@@ -44,8 +47,8 @@ class TuneConfig:
             raise OptionError(f"optimizer must be 'sgd' or 'adamw', got {self.optimizer!r}")
         for name in ("lr", "head_lr", "weight_decay"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise OptionError(f"{name} must be a finite number of at least 0, got {value!r}")
+            if value is not None and not 0 <= value <= MAX_RATE:
+                raise OptionError(f"{name} must be a number from 0 to {MAX_RATE:g}, got {value!r}")
         for name in ("warmup", "prompt_dropout"):
             value = getattr(self, name)
             if not 0 <= value < 1:

@@ -28,7 +28,8 @@ class TuneResult:
         history: one record per epoch: epoch (from 1), lr (at its end), and lists over the K runs of loss and
             train_accuracy (means over the epoch's steps, before each step) and, where it was measured, test_accuracy.
         config: how they were tuned. task, class_names: on what. backbone: with what.
-        seconds: of training, without evaluation (this call's alone after a resume).
+        seconds: of training, without evaluation (this call's alone after a resume; NaN for a result from a file, which
+            is the same however long it took).
     """
 
     names: tuple[str, ...]
@@ -71,10 +72,9 @@ class TuneResult:
             "task": self.task,
             "class_names": None if self.class_names is None else list(self.class_names),
             "backbone": self.backbone.to_dict(),
-            "seconds": self.seconds,
         }
         write_safetensors(directory / _FILE, {name: getattr(self, name) for name in _TENSORS}, record)
-        write_text(directory / _HISTORY, json.dumps(record, indent=2, allow_nan=False) + "\n")
+        write_text(directory / _HISTORY, json.dumps(record, indent=2, allow_nan=False, sort_keys=True) + "\n")
         return directory / _FILE, directory / _HISTORY
 
     @classmethod
@@ -100,13 +100,25 @@ class TuneResult:
                 task=str(record["task"]),
                 class_names=None if classes is None else tuple(str(name) for name in classes),
                 backbone=BackboneInfo.from_dict(record["backbone"]),
-                seconds=float(record["seconds"]),
+                seconds=float("nan"),
             )
         except (KeyError, TypeError, ValueError, HGPromptError) as error:
             raise FileFormatError(f"{path} is incomplete or not understood: {error!r:.200}") from error
         runs = len(result.names)
         head, bias = result.head_weight, result.head_bias
-        good = result.prompts.ndim in (3, 4) and len(result.prompts) == runs and result.history
+        good = result.prompts.ndim in (3, 4) and len(result.prompts) == runs and len(result.history) > 0
+        good = good and all(_is_record(entry, runs) for entry in result.history)
         if not good or head.ndim != 3 or len(head) != runs or tuple(bias.shape) != tuple(head.shape[:2]):
-            raise FileFormatError(f"{path}: its tensors do not fit together")
+            raise FileFormatError(f"{path}: its tensors or its history do not fit together")
         return result
+
+
+def _is_record(entry: dict[str, Any], runs: int) -> bool:
+    """Whether a record of an epoch holds numbers for every run, as `tune` writes them."""
+    lists = [entry.get("loss"), entry.get("train_accuracy"), entry.get("test_accuracy", [0.0] * runs)]
+    numbers = [entry.get("epoch"), entry.get("lr")]
+    for values in lists:
+        if not isinstance(values, list) or len(values) != runs:
+            return False
+        numbers += values
+    return all(isinstance(n, (int, float)) for n in numbers)

@@ -8,7 +8,7 @@ the loss is a sum of K losses, and the optimisers work element by element.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from hgprompt.backbone import FrozenViT
 from hgprompt.data.folders import ImageDataset
 from hgprompt.data.images import LabelledImages
 from hgprompt.encoder import Impl, check_prompts, encode, pull_back
-from hgprompt.errors import DataError, OptionError, PromptError
+from hgprompt.errors import DataError, OptionError, PromptError, of_a_worker
 from hgprompt.progress import Progress, Reporter
 from hgprompt.tuning.checkpoint import Checkpoint, identity
 from hgprompt.tuning.config import TuneConfig
@@ -104,6 +104,7 @@ def tune(
                 record["test_accuracy"] = evaluate(
                     backbone, state.prompts.detach(), state.weight.detach(), state.bias.detach(), test,
                     batch_size=config.batch_size, workers=workers, micro_batch=micro_batch, impl=impl,
+                    report=lambda done, of: report("testing", done, of),
                 ).tolist()  # fmt: skip
             history.append(record)
             if store is not None:
@@ -133,16 +134,24 @@ def evaluate(
     workers: int = 0,
     micro_batch: int | None = None,
     impl: Impl = "auto",
+    report: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Accuracy [K] in 0 … 1 of K prompts [K, p, d] with K heads [K, C, h], [K, C]; float64 on the CPU."""
+    """Accuracy [K] in 0 … 1 of K prompts [K, p, d] with K heads [K, C, h], [K, C]; float64 on the CPU.
+
+    report(done, total) is called after every batch of images.
+    """
     correct = torch.zeros(len(prompts), dtype=torch.float64)
     head_weight, head_bias = head_weight.to(backbone.device), head_bias.to(backbone.device)
     order = torch.arange(len(images))
+    done = 0
     with torch.no_grad():
         for batch, labels in _batches(images, order, batch_size, workers):
             features = encode(backbone, prompts, batch, micro_batch=micro_batch, impl=impl).float()
             logits = torch.baddbmm(head_bias[:, None], features, head_weight.mT)
             correct += (logits.argmax(2) == labels.to(logits.device)).sum(1).cpu()
+            done += len(labels)
+            if report is not None:
+                report(done, len(images))
     return correct / len(images)
 
 
@@ -250,12 +259,16 @@ def _batches(images: Images, order: Tensor, batch_size: int, workers: int) -> It
         return
     from torch.utils.data import DataLoader
 
-    yield from DataLoader(
+    loader = DataLoader(
         images,
         batch_sampler=[b.tolist() for b in order.split(batch_size)],
         num_workers=workers,
         generator=torch.Generator(),  # else its workers' seed would be drawn from the global one
     )
+    try:
+        yield from loader
+    except DataError as error:
+        raise of_a_worker(error) from None
 
 
 def _stacked(backbone: FrozenViT, starts: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor]:

@@ -112,6 +112,33 @@ def test_the_whole_road(place):
     other = _run(place, "train-source", "fruit", "--pool", "pool.safetensors", "--lr", "1", *FAST)
     assert other.returncode == 1
     assert "already has a prompt named 'fruit'" in other.stderr
+    for option, message in ((("--seed", "7"), "started from seed 42"), (("--tokens", "5"), "prompts of 4 tokens")):
+        refused = _run(place, "train-source", "stones", "--pool", "pool.safetensors", *option, *FAST)
+        assert refused.returncode == 1
+        assert message in refused.stderr
+    # A tuned prompt is a start too, and its folder's file can be looked at.
+    onward = _run(place, "tune", "stones", "--start", "tuned", "-o", "onward", *FAST)
+    assert onward.returncode == 0, onward.stderr
+    assert _run(place, "inspect", "onward/tuned.safetensors").returncode == 0
+
+
+def test_the_head_learns_at_a_quarter_of_the_prompts_rate(place):
+    assert _run(place, "tune", "stones", "--lr", "0.2", "-o", "quarter", *FAST).returncode == 0
+    assert TuneResult.load(place / "quarter").config.head_lr == pytest.approx(0.05)
+
+
+def test_two_commands_add_to_one_pool(place):
+    """At the same time: neither loses what the other has tuned."""
+    processes = [
+        subprocess.Popen(
+            _command("train-source", source, "--pool", "shared.safetensors", "--tokens", "2", *FAST),
+            cwd=place, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )
+        for source in ("fruit", "birds")
+    ]  # fmt: skip
+    for process in processes:
+        assert process.wait(timeout=300) == 0, process.stderr.read()
+    assert set(PromptPool.load(place / "shared.safetensors")) == {"fruit", "birds"}
 
 
 def test_killed_in_the_middle_and_run_again(place):
@@ -155,6 +182,10 @@ def broken(place):
     (place / "labels" / "classes.txt").write_text("one\ntwo\n")
     Image.new("RGB", (8, 8)).save(place / "labels" / "0.png")
     (place / "labels" / "train800val200.txt").write_text("0.png 0\n0.png 2\n")
+    (place / "many").mkdir()
+    (place / "many" / "train800val200.txt").write_text(f"x.png {10**23}\n")
+    (place / "nul").mkdir()
+    (place / "nul" / "train800val200.txt").write_text("a\0b.png 0\n")
     (place / "lonely" / "a").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(place / "lonely" / "a" / "x.png")
     (place / "file").write_text("no folder")
@@ -171,6 +202,16 @@ def broken(place):
         (("train-source", "split"), 1, "line 1: split/images/0.png does not exist"),
         (("train-source", "labels"), 1, "line 2: label 2 is no class of 2"),
         (("train-source", "lonely"), 1, "at least 2 classes"),
+        (("train-source", "many"), 1, "is no class of at most 100000"),
+        (("train-source", "nul"), 1, "line 1: 'a"),
+        (("train-source", "fruit", "--name", "a\tb"), 1, "printable"),
+        (("train-source", "procedural:azimuth", "--limit", "100000000000"), 1, "ask for fewer"),
+        (("train-source", "fruit", "--image-size", "17"), 1, "no multiple"),
+        (("train-source", "fruit", "--lr", "3e38"), 1, "lr must be"),
+        (("tune", "procedural:azimuth", "--limit", "18", "--test", "val"), 1, "one split to test on"),
+        (("tune", "fruit", "--start", "fruit"), 1, "neither an ensemble nor a tuned prompt"),
+        (("tune", "nowhere", "--out", "not-made"), 1, "no folder of images"),
+        (("inspect", "fruit"), 1, "neither an ensemble nor a tuned prompt"),
         (("train-source", "fruit", "--pool", "file/pool.safetensors"), 1, "cannot write"),
         (("train-source", "fruit", "fruit"), 1, "several sources are named fruit"),
         (("train-source", "fruit", "birds", "--name", "x"), 1, "--name goes with one"),
@@ -190,6 +231,7 @@ def broken(place):
 def test_errors_are_one_line_with_an_exit_code(broken, arguments, code, message, here):
     before = set(os.listdir(broken))
     done = here(broken, *arguments)
+    assert "not-made" not in os.listdir(broken)
     assert done.code == code, done.err
     assert message in " ".join(done.err.split())
     assert "Traceback" not in done.err
@@ -206,7 +248,7 @@ def test_help_says_what_it_does(command, here, tmp_path):
 
 
 def test_a_test_folder_must_have_the_same_classes(place, here):
-    for test, message in (("birds", "owl"), ("test", "has no splits")):
+    for test, message in (("birds", "owl"), ("test", "neither a split")):
         done = here(place, "tune", "stones", "--test", test, "-o", "never", *FAST)
         assert done.code == 1
         assert message in done.err

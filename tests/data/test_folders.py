@@ -146,3 +146,34 @@ def test_limit_takes_classes_in_turn(tmp_path):
     assert chosen == balanced(samples, 22, seed=0)
     with pytest.raises(OptionError, match="limit"):
         balanced(samples, 0, seed=0)
+
+
+def test_what_lies_beside_class_folders(tmp_path):
+    """A README and a Mac's hidden files are no part of a task."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        _image(tmp_path / name / "x.png")
+        (tmp_path / name / "._x.png").write_bytes(b"resource fork")
+    (tmp_path / "README.txt").write_text("Photographs of 2024\nby nobody in particular\n")
+    assert len(load_task(tmp_path).samples) == 2
+
+
+def test_pixels_of_unknown_range_are_refused(tmp_path):
+    """A float image in 0 … 1 would come out black, one in 0 … 255 not: nobody can tell which it is."""
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(DataError, match=r"x\.tif.*floating-point"):
+        read_image(tmp_path / "x.tif")
+
+
+def test_an_error_of_a_decoding_process_is_one_line(tmp_path):
+    from hgprompt.tuning.trainer import _batches
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        _image(tmp_path / name / "x.png")
+    (tmp_path / "b" / "x.png").write_bytes(b"no image")
+    task = load_task(tmp_path)
+    dataset = ImageDataset(task.samples, (8, 8))
+    with pytest.raises(DataError, match="no readable image") as raised:
+        list(_batches(dataset, torch.arange(2), 2, workers=1))
+    assert "\n" not in str(raised.value)

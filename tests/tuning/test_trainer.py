@@ -196,7 +196,7 @@ def test_refuses_what_cannot_be_tuned(vit, images):
     with pytest.raises(DataError, match="classes from 0 to 1"):
         tune(vit, _starts(vit), images, num_classes=2, config=CONFIG)
     with pytest.raises(DataError, match="not finite"):
-        tune(vit, _starts(vit), images, config=TuneConfig(epochs=30, lr=1e30, head_lr=1e30))
+        tune(vit, _starts(vit), images, config=TuneConfig(epochs=30, lr=1e6, head_lr=1e6, weight_decay=1e3))
 
 
 def test_rate_rises_and_falls():
