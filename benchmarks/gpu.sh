@@ -1,24 +1,38 @@
 #!/usr/bin/env bash
 # Everything worth running on a machine with a GPU, in order of worth; every part is bounded and none stops the others.
 #
-#   benchmarks/gpu.sh [output folder]        (--rehearse as second argument: tiny shapes on a CPU, to find the typos)
+#   benchmarks/gpu.sh OUT [--rehearse] [PART ...]
 #
-# Needs torch, triton, timm, safetensors and pytest, and the repository's tree; nothing is installed.
+# OUT is a folder (benchmarks/results to keep them). Without PARTs all are run, about 20 minutes at most. --rehearse:
+# tiny shapes on a CPU with Triton's interpreter, to find the typos. Needs torch, triton, timm, safetensors, scipy,
+# hypothesis and pytest, and the repository's tree; nothing is installed.
 set -u
 cd "$(dirname "$0")/.."
-out=${1:-benchmarks/results}
-rehearse=${2:-}
+out=${1:?usage: benchmarks/gpu.sh OUT [--rehearse] [PART ...]}
+shift
+rehearse=
+if [ "${1:-}" = --rehearse ]; then
+  rehearse=--rehearse
+  export TRITON_INTERPRET=1
+  shift
+fi
+wanted=" ${*:-tests kernels encode paper compiled profile rest} "
 mkdir -p "$out"
 export PYTHONPATH=. PYTHONUNBUFFERED=1
 
-part() { # part SECONDS NAME COMMAND...
-  local limit=$1 name=$2
+part() { # part NAME SECONDS COMMAND...
+  local name=$1 limit=$2
   shift 2
+  case "$wanted" in *" $name "*) ;; *) return 0 ;; esac
   echo "== $name (at most $limit s)"
-  timeout "$limit" "$@" 2>&1 | tee "$out/$name.log" | tail -n 40
+  timeout "$limit" "$@" 2>&1 | tee "$out/gpu-$name.log" | tail -n 60
   echo "== $name: exit ${PIPESTATUS[0]}"
 }
 
-part 200 gpu-tests python3 -m pytest -q -x -p no:cacheprovider tests/test_cuda.py
-part 240 gpu-encode python3 benchmarks/gpu_encode.py "$out/gpu-encode.json" $rehearse
-part 120 gpu-tests-all python3 -m pytest -q -p no:cacheprovider tests/test_encoder.py tests/test_objective.py
+part tests 240 python3 -m pytest -q -p no:cacheprovider tests/kernels tests/test_operations.py tests/test_cuda.py
+part kernels 150 python3 benchmarks/gpu_kernels.py "$out/gpu-kernels.json" $rehearse
+part encode 200 python3 benchmarks/gpu_encode.py "$out/gpu-encode.json" $rehearse
+part paper 120 python3 benchmarks/gpu_paper.py "$out/gpu-paper.json" $rehearse
+part compiled 400 python3 benchmarks/gpu_encode.py "$out/gpu-encode-compiled.json" --compiled $rehearse
+part profile 60 python3 benchmarks/gpu_paper.py "$out/gpu-profile.json" --profile $rehearse
+part rest 200 python3 -m pytest -q -p no:cacheprovider tests/test_encoder.py tests/test_objective.py tests/test_ensemble.py

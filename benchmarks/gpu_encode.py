@@ -1,60 +1,48 @@
-"""encode on a GPU beside timm: python benchmarks/gpu_encode.py out.json [--rehearse]
+"""encode on a GPU beside timm: python benchmarks/gpu_encode.py out.json [--compiled] [--rehearse]
 
 ViT-B/16, 224 pixels, p = 50, M = 13, bfloat16; forward, and forward with the backward to the prompts; shallow and deep.
-Peers at equal batch: timm eager, a loop over prompts; and the same loop compiled (max-autotune). Times are medians by
-CUDA events after a warm-up. "useful" counts the floating point operations that have to be done (exact savings taken
-off), "naive" those of the plain loop; both stand beside the GEMM rate measured in the same run at the network's shapes.
+Peers run timm's own modules on the same images, and are checked to give the same features: a loop over prompts (eager),
+prompts batched with the images (eager, with PyTorch's choice of attention and with cuDNN's), and with --compiled the
+same under torch.compile (max-autotune). Peers take as many prompts at once as fit beside their activations.
+
+"useful" counts the floating-point operations that have to be done (the exact savings taken off), "naive" those of the
+plain loop; both stand beside the rate of the library's products, measured in the same run at the network's shapes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import json
-import statistics
-import subprocess
 import sys
-import time
-from importlib.metadata import version
 from pathlib import Path
 
 import timm
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import literal
 
-from hgprompt import FrozenViT, encode
+from gpu_common import B, DEPTH, DEVICE, DTYPE, HEADS, M, REHEARSE, SIZE, TOKENS, WIDTH  # isort: skip
+from gpu_common import ceilings, keep, median_ms, provenance  # isort: skip
+
+from hgprompt import FrozenViT, encode, operations
 from hgprompt.encoder import pull_back
+from hgprompt.kernels import mlp
 
-REHEARSE = "--rehearse" in sys.argv
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIZE, TOKENS, M, B, DEPTH = (32, 5, 2, 2, 2) if REHEARSE else (224, 50, 13, 64, 12)
-WIDTH = 768
-
-
-def median_seconds(function, rounds=3 if REHEARSE else 10):
-    """Median time of a call, on the device's own clock where it has one."""
-    for _ in range(1 if REHEARSE else 3):
-        function()
-    times = []
-    for _ in range(rounds):
-        if DEVICE == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            function()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        else:
-            begin = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+COMPILED = "--compiled" in sys.argv
+AT_ONCE = (
+    2 if REHEARSE else 4
+)  # prompts of a batched peer: 64 images × 4 prompts keep about 30 GB for the backward pass
+BACKWARD = 47.6 / 44.2  # operations of the backward pass to the prompts, in forwards
 
 
-def flops(tokens: int, image_tokens: int, deep: bool, useful: bool) -> float:
+def flops(image_tokens: int, deep: bool, useful: bool) -> float:
     """Forward operations of one image under one prompt; a multiply-add is two."""
     linear = 2 * 12 * WIDTH * WIDTH  # QKV, projection and MLP, per token and block
-    total = tokens + image_tokens
+    total = TOKENS + image_tokens
     if not useful:
         return DEPTH * (linear * total + 4 * total * total * WIDTH)
     rows = image_tokens if deep else total  # tokens that go through the linear layers
@@ -64,82 +52,112 @@ def flops(tokens: int, image_tokens: int, deep: bool, useful: bool) -> float:
     return middle + first + last
 
 
-def gemm_rates(dtype) -> dict[str, float]:
-    """TFLOP/s of torch's own GEMM at the network's four shapes."""
-    rows = 64 if REHEARSE else B * 247
-    rates = {}
-    for name, (k, n) in {"qkv": (768, 2304), "proj": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}.items():
-        a, w = torch.randn(rows, k, device=DEVICE, dtype=dtype), torch.randn(n, k, device=DEVICE, dtype=dtype)
-        rates[name] = 2 * rows * k * n / median_seconds(lambda a=a, w=w: torch.nn.functional.linear(a, w)) / 1e12
-    return rates
+def batched(model, prompts, images):
+    """timm's modules on all (prompt, image) pairs at once → [m, B, h]."""
+    deep, m, b = prompts.ndim == 4, len(prompts), len(images)
+    x = model._pos_embed(model.patch_embed(images)).repeat(m, 1, 1)
+    of = lambda tokens: tokens.repeat_interleave(b, dim=0)  # noqa: E731
+    p = prompts.shape[-2]
+    x = model.norm_pre(torch.cat([x[:, :1], of(prompts[:, 0] if deep else prompts), x[:, 1:]], dim=1))
+    for i, block in enumerate(model.blocks):
+        if deep and i > 0:
+            x = torch.cat([x[:, :1], of(prompts[:, i]), x[:, 1 + p :]], dim=1)
+        x = block(x)
+    return model.forward_head(model.norm(x), pre_logits=True).unflatten(0, (m, b))
+
+
+def peers(model, images):
+    """{name: (function of some prompts, how many at once, context)}"""
+    one = lambda prompts: literal.features(model, prompts, images)  # noqa: E731
+    many = lambda prompts: batched(model, prompts, images)  # noqa: E731
+    plain = contextlib.nullcontext
+    cudnn = functools.partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)
+    if COMPILED:
+        return {
+            "timm batched, compiled": (torch.compile(many, mode="max-autotune"), AT_ONCE, plain),
+            "timm batched, compiled, cuDNN": (torch.compile(many, mode="max-autotune"), AT_ONCE, cudnn),
+        }
+    found = {"timm loop": (one, 1, plain), "timm batched": (many, AT_ONCE, plain)}
+    return found | ({"timm batched, cuDNN": (many, AT_ONCE, cudnn)} if DEVICE == "cuda" else {})
+
+
+def variants():
+    """Ours: what runs by default, and with one thing changed."""
+    fused = dataclasses.replace(operations.TRITON, mlp=functools.partial(mlp.mlp, form="fused"))
+    return {
+        "triton": ("triton", operations.TRITON),
+        "triton, fused MLP": ("triton", fused),
+        "triton, sdpa attention": ("sdpa", operations.TRITON),
+        "reference": ("reference", operations.TRITON),
+    }
 
 
 def main() -> None:
-    dtype = torch.bfloat16
     torch.manual_seed(0)
-    model = timm.create_model("vit_base_patch16_224", pretrained=False, num_classes=0, img_size=SIZE, depth=DEPTH)
-    model = model.eval().requires_grad_(False).to(DEVICE, dtype)
+    model = timm.create_model(
+        "vit_base_patch16_224", pretrained=False, num_classes=0, img_size=SIZE, depth=DEPTH, embed_dim=WIDTH,
+        num_heads=HEADS,
+    )  # fmt: skip
+    model = model.eval().requires_grad_(False).to(DEVICE, DTYPE)
     vit = FrozenViT.from_timm(model)
-    images = torch.randn(B, 3, SIZE, SIZE, device=DEVICE, dtype=dtype)
-    direction = torch.randn(B, WIDTH, device=DEVICE, dtype=dtype)
-    image_tokens = vit.num_image_tokens
-    record = {
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "torch": version("torch"), "timm": version("timm"), "cuda": torch.version.cuda,
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "shapes": {"M": M, "B": B, "p": TOKENS, "image": SIZE, "depth": DEPTH},
-        "gemm_tflops": gemm_rates(dtype), "cases": [],
-    }  # fmt: skip
+    images = torch.randn(B, 3, SIZE, SIZE, device=DEVICE, dtype=DTYPE)
+    direction = torch.randn(B, WIDTH, device=DEVICE, dtype=DTYPE)
+    record = provenance() | {"ceilings": ceilings(), "cases": []}
+    print(record["ceilings"], flush=True)
     for deep in (False, True):
-        prompts = torch.randn((M, DEPTH, TOKENS, WIDTH) if deep else (M, TOKENS, WIDTH), device=DEVICE, dtype=dtype)
-
-        def eager(prompt):
-            return literal.features(model, prompt[None], images)[0]
-
-        peers = {"timm eager loop": eager}
-        if DEVICE == "cuda":
-            peers["timm compiled loop"] = torch.compile(eager, mode="max-autotune")
-
-        def ours_forward(prompts=prompts):
-            with torch.no_grad():
-                return encode(vit, prompts, images)
-
-        def ours_backward(prompts=prompts):
-            return pull_back(vit, prompts, images, lambda f, m, b: (f * direction[b]).sum((1, 2)))[2]
-
-        def forward(peer, prompts=prompts):
-            with torch.no_grad():
-                return [peer(prompt).clone() for prompt in prompts]
-
-        def backward(peer, prompts=prompts):
-            gradients = []
-            for prompt in prompts:
-                leaf = prompt.clone().requires_grad_()
-                gradients.append(torch.autograd.grad((peer(leaf) * direction).sum(), leaf)[0].clone())
-            return gradients
-
-        for kind, ours, theirs, factor in (
-            ("forward", ours_forward, forward, 1),
-            ("both", ours_backward, backward, 2.08),
-        ):
-            seconds = median_seconds(ours)
-            pairs = M * B * factor
-            case = {"deep": deep, "kind": kind, "seconds": seconds}
-            case["useful_tflops"] = pairs * flops(TOKENS, image_tokens, deep, True) / seconds / 1e12
-            case["naive_tflops"] = pairs * flops(TOKENS, image_tokens, deep, False) / seconds / 1e12
-            for name, peer in peers.items():
-                try:
-                    result = torch.stack(theirs(peer)).double()
-                    case[f"{name}: relative difference"] = float((ours().double() - result).norm() / result.norm())
-                    case[f"{name}: seconds"] = median_seconds(lambda theirs=theirs, peer=peer: theirs(peer))
-                    case[f"{name}: ratio"] = case[f"{name}: seconds"] / seconds
-                except Exception as error:  # a peer that does not run must not lose the others' figures
-                    case[f"{name}: error"] = f"{type(error).__name__}: {error}"[:300]
+        prompts = torch.randn((M, DEPTH, TOKENS, WIDTH) if deep else (M, TOKENS, WIDTH), device=DEVICE, dtype=DTYPE)
+        for kind in ("forward", "both"):
+            case = measure(model, vit, images, prompts, direction, kind, deep)
             record["cases"].append(case)
-            print(json.dumps(case), flush=True)
-            partial = Path(sys.argv[1] + ".tmp")
-            partial.write_text(json.dumps(record, indent=1))
-            partial.replace(sys.argv[1])
+            keep(record)
+            print(json.dumps(case, indent=1), flush=True)
+
+
+def measure(model, vit, images, prompts, direction, kind, deep) -> dict:
+    pairs = M * B * (1 if kind == "forward" else 1 + BACKWARD)
+    useful, naive = (pairs * flops(vit.num_image_tokens, deep, which) / 1e9 for which in (True, False))
+    case: dict = {"prompts": "deep" if deep else "shallow", "kind": kind, "ours": {}, "peers": {}}
+
+    def ours(impl):
+        if kind == "forward":
+            with torch.no_grad():
+                return encode(vit, prompts, images, impl=impl)
+        return pull_back(vit, prompts, images, lambda f, m, b: (f * direction[b]).sum((1, 2)), impl=impl)[2]
+
+    def theirs(peer, at_once, context):
+        with context():
+            if kind == "forward":
+                with torch.no_grad():
+                    return torch.cat([peer(part).clone() for part in prompts.split(at_once)])
+            gradients = []
+            for part in prompts.split(at_once):
+                leaf = part.clone().requires_grad_()
+                gradients.append(torch.autograd.grad((peer(leaf) * direction).sum(), leaf)[0].clone())
+            return torch.cat(gradients)
+
+    chosen = {"triton": variants()["triton"]} if COMPILED else variants()
+    kept = operations.TRITON
+    result = None
+    for name, (impl, ops) in chosen.items():
+        operations.TRITON = ops
+        try:
+            result = ours(impl).double() if result is None else result
+            ms = median_ms(functools.partial(ours, impl))
+            case["ours"][name] = {"ms": ms, "useful TFLOP/s": useful / ms, "naive TFLOP/s": naive / ms}
+        except Exception as error:  # one variant that does not run must not lose the others' figures
+            case["ours"][name] = {"failed": f"{error!r:.300}"}
+        operations.TRITON = kept
+    best = case["ours"].get("triton", {}).get("ms")
+    for name, (peer, at_once, context) in peers(model, images).items():
+        try:
+            expected = theirs(peer, at_once, context).double()
+            ms = median_ms(lambda p=peer, a=at_once, c=context: theirs(p, a, c))
+            case["peers"][name] = {"ms": ms, "ratio": ms / best if best else None}
+            if result is not None:
+                case["peers"][name]["relative_difference"] = float((result - expected).norm() / expected.norm())
+        except Exception as error:
+            case["peers"][name] = {"failed": f"{error!r:.300}"}
+    return case
 
 
 if __name__ == "__main__":

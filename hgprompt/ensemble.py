@@ -20,7 +20,7 @@ from hgprompt import operations
 from hgprompt.backbone import FrozenViT
 from hgprompt.bundled import load_backbone
 from hgprompt.encoder import Impl, check_prompts, encode, pull_back
-from hgprompt.errors import BackboneError, DataError, HGPromptError, HGPromptWarning, OptionError
+from hgprompt.errors import BackboneError, DataError, HGPromptError, HGPromptWarning, OptionError, of_a_worker
 from hgprompt.objective import Shrinkage, gram_of, h_score
 from hgprompt.optimize import Solver, check_options, jackknife_std, optimize_weights
 from hgprompt.pool import PromptPool
@@ -207,7 +207,7 @@ class _Pass:
         """Read the loader once. With a loss, each batch goes forward and backward at once."""
         total = _length(loader)
         report("images", 0, total)
-        for done, (images, labels) in enumerate(_batches(loader, self.vit), start=1):
+        for done, (images, labels) in enumerate(_ahead(_batches(loader, self.vit), self.vit.device), start=1):
             if loss is None:
                 with torch.no_grad():
                     features = encode(self.vit, self.prompts, images, **self.options)
@@ -328,8 +328,8 @@ def _batches(loader: Iterable[Any], vit: FrozenViT) -> Iterator[tuple[Tensor, Te
             batch = next(iterator)
         except StopIteration:
             break
-        except HGPromptError:
-            raise
+        except HGPromptError as error:
+            raise of_a_worker(error) from error.__cause__
         except Exception as error:
             raise DataError(
                 f"the loader failed after {position} batches: {type(error).__name__}: {error}; nothing was kept"
@@ -344,6 +344,35 @@ def _batches(loader: Iterable[Any], vit: FrozenViT) -> Iterator[tuple[Tensor, Te
         except DataError as error:
             raise DataError(f"batch {position} of the loader: {error}") from error
         position += 1
+
+
+def _ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same batches; for a GPU, each is on its way there (through pinned memory, on a stream of its own) while the
+    one before is computed."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies = torch.cuda.Stream(device)
+    waiting: tuple[Tensor, Tensor, torch.cuda.Event | None] | None = None
+
+    def arrived(images: Tensor, labels: Tensor, event: torch.cuda.Event | None) -> tuple[Tensor, Tensor]:
+        if event is not None:
+            current = torch.cuda.current_stream(device)
+            current.wait_event(event)
+            images.record_stream(current)
+        return images, labels
+
+    for images, labels in batches:
+        event = None
+        if images.device.type == "cpu":
+            with torch.cuda.stream(copies):
+                images = images.pin_memory().to(device, non_blocking=True)
+            event = copies.record_event()
+        if waiting is not None:
+            yield arrived(*waiting)
+        waiting = images, labels, event
+    if waiting is not None:
+        yield arrived(*waiting)
 
 
 def _check_batch(vit: FrozenViT, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -362,6 +391,11 @@ def _check_problem(statistics: EnsembleStatistics) -> None:
         raise DataError(
             f"all {statistics.num_images} images are of class {statistics.classes[0]}: "
             "weighing prompts needs at least two classes"
+        )
+    if statistics.num_images <= len(statistics.classes):
+        raise DataError(
+            f"{statistics.num_images} images of as many classes say nothing of the spread within a class: "
+            "give several images of each"
         )
 
 

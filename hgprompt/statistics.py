@@ -10,6 +10,7 @@ Letters in shapes: M prompts, B images of a batch, N images in all, h feature wi
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -51,6 +52,7 @@ class EnsembleStatistics:
         self._labels: list[Tensor] = []
         self._fold_of: list[Tensor] = []
         self._moments: list[Moments] | None = None
+        self._finite = _FiniteCheck()
 
     @property
     def num_images(self) -> int:
@@ -110,12 +112,7 @@ class EnsembleStatistics:
             self._shape, self._dtype = shape, features.dtype
         elif shape != self._shape:
             raise StatisticsError(f"features are of (M, h) = {shape}, earlier batches were of {self._shape}")
-        if not bool(features.isfinite().all()):
-            bad = [i for i, f in enumerate(features) if not bool(f.isfinite().all())]
-            raise DataError(
-                f"features of prompt {bad[0]} are not finite (all: {bad[:5]}; batch after image {self._num_images}): "
-                "look for NaN or overflow in the images, the prompts or the compute dtype"
-            )
+        self._finite.check(features, self._num_images)
         batch = features.shape[1]
         fold_of = (torch.arange(self._num_images, self._num_images + batch) % self.folds).to(torch.int32)
         self._num_images += batch
@@ -135,6 +132,8 @@ class EnsembleStatistics:
         Raises:
             StatisticsError: other prompts, feature widths or folds.
         """
+        self._finite.finish()
+        other._finite.finish()
         if other._shape is None:
             return
         if self._shape not in (None, other._shape) or self.folds != other.folds:
@@ -191,6 +190,7 @@ class EnsembleStatistics:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers that `load_state_dict` takes back; features as one tensor."""
+        self._finite.finish()
         state: dict[str, Any] = {
             "version": 1,
             "folds": self.folds,
@@ -294,12 +294,14 @@ class EnsembleStatistics:
         return moments
 
     def _require_shape(self) -> tuple[int, int]:
+        self._finite.finish()
         if self._shape is None:
             raise StatisticsError("no images yet: the statistics are empty")
         return self._shape
 
     def _moments_are_smaller(self) -> bool:
-        m, h = self._require_shape()
+        assert self._shape is not None
+        m, h = self._shape
         return self.folds * Moments.bytes_for(m, h, len(self._classes)) < self.nbytes
 
     def _to_moments(self) -> None:
@@ -308,6 +310,46 @@ class EnsembleStatistics:
             _add_by_fold(moments, *batch)
         logger.info("%d images: moments are smaller than features from here on", self._num_images)
         self._moments, self._features, self._labels, self._fold_of = moments, [], [], []
+
+
+class _FiniteCheck:
+    """Are features finite? On a CPU the answer comes at once; on a GPU, two batches later, so that the host never waits
+    for the batch that is being computed."""
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[torch.cuda.Event, Tensor, int]] = deque()
+
+    def check(self, features: Tensor, position: int) -> None:
+        """Note one batch [M, B, h], which comes after image number `position`; DataError for it or an earlier one."""
+        finite = features.flatten(1).isfinite().all(1)
+        if not features.is_cuda:
+            self._require(finite, position)
+            return
+        host = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
+        host.copy_(finite, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending.append((event, host, position))
+        self._finish(2)
+
+    def finish(self) -> None:
+        """Wait for all that was noted; DataError as for `check`."""
+        self._finish(0)
+
+    def _finish(self, left: int) -> None:
+        while len(self._pending) > left:
+            event, finite, position = self._pending.popleft()
+            event.synchronize()
+            self._require(finite, position)
+
+    @staticmethod
+    def _require(finite: Tensor, position: int) -> None:
+        if not bool(finite.all()):
+            bad = torch.nonzero(~finite).flatten().tolist()
+            raise DataError(
+                f"features of prompt {bad[0]} are not finite (all: {bad[:5]}; batch after image {position}): "
+                "look for NaN or overflow in the images, the prompts or the compute dtype"
+            )
 
 
 def check_labels(labels: Tensor, expected: int) -> Tensor:

@@ -6,8 +6,9 @@ import literal
 import pytest
 import torch
 
-from hgprompt import FrozenViT, encode, fast_ensemble
+from hgprompt import EnsembleStatistics, FrozenViT, encode, fast_ensemble, network, operations
 from hgprompt.encoder import pull_back
+from hgprompt.errors import DataError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -53,6 +54,54 @@ def test_fast_ensemble_agrees_with_the_cpu():
         torch.testing.assert_close(there.weights, here.weights, rtol=0, atol=1e-6)
         torch.testing.assert_close(there.gradient_cosines, here.gradient_cosines, rtol=0, atol=1e-8)
     assert torch.equal(fast_ensemble(prompts, [(images, labels)], backbone=model, device="cuda").weights, there.weights)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32], ids=str)
+def test_batches_are_copied_ahead_unchanged(kind):
+    """Many small batches, the copy of each overlapping the computation of the one before: the same statistics."""
+    model = literal.tiny_vit()
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    images = torch.randint(0, 256, (60, 3, 16, 16), generator=g, dtype=torch.uint8)
+    images = images if kind == torch.uint8 else images / 100
+    prompts = torch.randn(3, 2, 16, generator=g)
+    loader = [(images[i : i + 5], labels[i : i + 5]) for i in range(0, 60, 5)]
+    here = fast_ensemble(prompts, [(images.cuda(), labels)], backbone=model, device="cuda")
+    there = fast_ensemble(prompts, loader, backbone=model, device="cuda")
+    torch.testing.assert_close(there.weights, here.weights, rtol=0, atol=1e-4)  # float32 network, other batch shapes
+
+
+@pytest.mark.parametrize("batch", [0, 7, 11], ids=["first", "middle", "last"])
+def test_features_that_are_not_finite_are_found(batch):
+    """The check answers two batches late, but before anything is made of the statistics."""
+
+    def gather():
+        statistics = EnsembleStatistics()
+        for i in range(12):
+            features = torch.randn(2, 4, 8, device="cuda")
+            if i == batch:
+                features[1, 2, 3] = float("inf")
+            statistics.update(features, torch.arange(4) % 2)
+        return statistics.state_dict()
+
+    with pytest.raises(DataError, match=f"batch after image {4 * batch}"):
+        gather()
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
+def test_a_replayed_graph_gives_the_same(deep):
+    """CUDA graphs capture the network: no kernel launch waits for the host."""
+    vit = FrozenViT.from_timm(literal.named_vit("vit_small_patch16_224", img_size=64, depth=4), dtype=torch.bfloat16)
+    vit = vit.to("cuda")
+    prompts, images = (x.to("cuda", torch.bfloat16) for x in _inputs(deep))
+    tokens = network.embed(vit, images, operations.TRITON)
+    expected = network.features(vit, tokens, prompts, operations.TRITON)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        captured = network.features(vit, tokens, prompts, operations.TRITON)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, expected)
 
 
 def test_encode_moves_what_it_is_given():

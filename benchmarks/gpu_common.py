@@ -1,0 +1,90 @@
+"""What the GPU benchmarks share: the setting, timing, ceilings, and records that say where they come from."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+REHEARSE = "--rehearse" in sys.argv
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter's bfloat16 products are wrong
+# The paper's setting: ViT-B/16, 224 pixels, 50 prompt tokens, 13 prompts.
+SIZE, TOKENS, M, B, DEPTH, WIDTH, HEADS = (32, 5, 2, 2, 2, 96, 3) if REHEARSE else (224, 50, 13, 64, 12, 768, 12)
+INNER, HEAD_DIM, IMAGE_TOKENS = 4 * WIDTH, WIDTH // HEADS, (SIZE // 16) ** 2 + 1
+
+
+def median_ms(function, rounds=3 if REHEARSE else 20, warm_up=1 if REHEARSE else 3) -> float:
+    """Median milliseconds of a call, on the device's own clock where it has one."""
+    for _ in range(warm_up):
+        function()
+    times = []
+    for _ in range(rounds):
+        if DEVICE == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            function()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        else:
+            start = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def ceilings() -> dict[str, float]:
+    """Measured in this run: TFLOP/s of the library's product at the network's four shapes, GB/s of a large copy."""
+    rows = 64 if REHEARSE else 64 * 247
+    found = {}
+    for name, (k, n) in {
+        "qkv": (WIDTH, 3 * WIDTH), "proj": (WIDTH, WIDTH), "fc1": (WIDTH, INNER), "fc2": (INNER, WIDTH)
+    }.items():  # fmt: skip
+        a, w = (torch.randn(s, device=DEVICE, dtype=DTYPE) for s in ((rows, k), (n, k)))
+        ms = median_ms(lambda a=a, w=w: torch.nn.functional.linear(a, w))
+        found[f"{name} TFLOP/s"] = 2 * rows * k * n / ms / 1e9
+    x = torch.randn(1 << (16 if REHEARSE else 28), device=DEVICE)
+    y = torch.empty_like(x)
+    found["copy GB/s"] = 2 * 4 * x.numel() / median_ms(lambda: y.copy_(x)) / 1e6
+    return found
+
+
+def provenance() -> dict[str, object]:
+    """Device, driver, versions, commit."""
+
+    def output(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+        except OSError:
+            return ""
+
+    def of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return ""
+
+    return {
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu (rehearsal)",
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "versions": {p: of(p) for p in ("torch", "triton", "timm")} | {"cuda": torch.version.cuda},
+        "commit": output("git", "rev-parse", "HEAD"),
+        "dirty": bool(output("git", "status", "--porcelain", "--untracked-files=no")),
+        "dtype": str(DTYPE),
+        "shapes": {"M": M, "B": B, "p": TOKENS, "pixels": SIZE, "depth": DEPTH, "width": WIDTH},
+    }
+
+
+def keep(record: dict) -> None:
+    """Write what there is so far, whole: a part that runs out of time leaves its first figures."""
+    path = Path(sys.argv[1])
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.replace(path)
