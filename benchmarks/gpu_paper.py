@@ -30,7 +30,8 @@ def backbone() -> FrozenViT:
         "vit_base_patch16_224", pretrained=False, num_classes=0, img_size=SIZE, depth=DEPTH, embed_dim=WIDTH,
         num_heads=HEADS,
     )  # fmt: skip
-    return FrozenViT.from_timm(model.eval(), dtype=DTYPE, device=DEVICE)
+    # float16 has too little range for these gradients; a rehearsal on a CPU takes float32.
+    return FrozenViT.from_timm(model.eval(), dtype=DTYPE if DEVICE == "cuda" else torch.float32, device=DEVICE)
 
 
 def whole() -> None:
