@@ -85,6 +85,11 @@ def _cases(kernel: str, row: dict[str, int], dtype: str) -> Iterator[Case]:
             if kernel == "attention_backward_keys":
                 both |= {"WHOLE": False}
             yield Case(function, kernel, dtype, both, **launch, float32=("lse", "delta"), scalars=("scale",))
+            if not two:  # as few queries as the last block has
+                yield Case(
+                    function, kernel, dtype, both | {"BLOCK_T": 16}, **launch, float32=("lse", "delta"),
+                    scalars=("scale",),
+                )  # fmt: skip
         if row.get("WHOLE_UP_TO"):
             whole = both | {"WHOLE": True, "BLOCK_S": compiler.next_power_of_2(row["WHOLE_UP_TO"])}
             yield Case(function, kernel, dtype, whole, **launch, float32=("lse", "delta"), scalars=("scale",))
@@ -103,15 +108,22 @@ def _cases(kernel: str, row: dict[str, int], dtype: str) -> Iterator[Case]:
     elif kernel == "activate":
         for gated in (False, True):
             for function in (mlp._activate, mlp._activate_backward):
-                fixed = {"F": 3072, "GATED": gated, "ACTIVATION": "gelu"} | options
-                yield Case(function, kernel, dtype, fixed, **launch)
+                for activation in _activations(dtype):
+                    fixed = {"F": 3072, "GATED": gated, "ACTIVATION": activation} | options
+                    yield Case(function, kernel, dtype, fixed, **launch)
     elif kernel == "linear":
-        for multiply in (False, True):
-            fixed = {"BIAS": not multiply, "ACTIVATION": "gelu", "KEEP": not multiply, "MULTIPLY": multiply}
-            one = ("b_n",) if multiply else ("b_k",)
-            yield Case(mlp._linear, kernel, dtype, fixed | precision | options | dict.fromkeys(one, 1), **launch)
+        for activation in _activations(dtype):
+            kept = {"BIAS": True, "ACTIVATION": activation, "KEEP": True, "MULTIPLY": False, "b_k": 1}
+            yield Case(mlp._linear, kernel, dtype, kept | precision | options, **launch)
+        back = {"BIAS": False, "ACTIVATION": "gelu", "KEEP": False, "MULTIPLY": True, "b_n": 1}
+        yield Case(mlp._linear, kernel, dtype, back | precision | options, **launch)
     else:
         raise LookupError(f"the report does not know the kernel {kernel}")
+
+
+def _activations(dtype: str) -> tuple[str, ...]:
+    """All in bfloat16, the one with the longest code in the other dtypes."""
+    return ("gelu", "gelu_tanh", "silu", "relu") if dtype == "bf16" else ("gelu",)
 
 
 def compile_case(case: Case, architecture: str) -> Compiled:
