@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -220,7 +221,43 @@ class FrozenViT(nn.Module):
     @property
     def info(self) -> BackboneInfo:
         """What a PromptPool records of the backbone that its prompts were tuned for."""
-        return BackboneInfo(self.name, self.fingerprint, self.width, self.depth, self.image_size)
+        return BackboneInfo(
+            name=self.name,
+            fingerprint=self.fingerprint,
+            width=self.width,
+            depth=self.depth,
+            image_size=self.image_size,
+            mean=self.mean,
+            std=self.std,
+            interpolation=self.interpolation,
+        )
+
+    def set_preprocessing(
+        self,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        interpolation: str | None = None,
+    ) -> FrozenViT:
+        """Use another normalisation or resize filter than timm's data config for these weights; itself.
+
+        Args:
+            mean, std: one number per channel, of images in 0 … 1. interpolation: "bicubic", "bilinear", …
+                None: as it is.
+
+        Raises:
+            BackboneError: not one finite number per channel, or a std that is not positive.
+        """
+        for name, values in (("mean", mean), ("std", std)):
+            if values is None:
+                continue
+            numbers = tuple(float(v) for v in values)
+            finite = all(math.isfinite(v) and (name == "mean" or v > 0) for v in numbers)
+            if len(numbers) != self.in_channels or not finite:
+                raise BackboneError(f"{name} must be {self.in_channels} finite numbers, std positive; got {numbers}")
+            setattr(self, name, numbers)
+        self.interpolation = interpolation or self.interpolation
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.name}, width={self.width}, depth={self.depth}, image_size={self.image_size}, {self.dtype}"

@@ -293,6 +293,10 @@ def _resolve(
     if isinstance(backbone, str):
         options: dict[str, Any] = {} if pool.backbone is None else {"img_size": pool.backbone.image_size}
         vit = load_backbone(backbone, device=device, dtype=dtype, **options)
+        if pool.backbone is not None:
+            vit.set_preprocessing(
+                mean=pool.backbone.mean, std=pool.backbone.std, interpolation=pool.backbone.interpolation
+            )
     elif isinstance(backbone, FrozenViT):
         vit = backbone
         if (device is not None and torch.device(device) != vit.device) or dtype not in (None, vit.dtype):

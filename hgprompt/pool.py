@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hgprompt.errors import FileFormatError, PromptError
+from hgprompt.errors import FileFormatError, HGPromptWarning, PromptError
 
 _FORMAT, _VERSION = "hgprompt-pool", 1
 _PREFIX = "prompts."
@@ -27,6 +28,8 @@ class BackboneInfo:
     Attributes:
         name: architecture, a timm name. fingerprint: SHA-256 of its weights (`hgprompt.backbone.fingerprint`), or ""
         where it is not known. width: d. depth: number of blocks. image_size: (height, width) in pixels.
+        mean, std: normalisation of the images, one number per channel. interpolation: with which they were resized.
+        None: not recorded.
     """
 
     name: str
@@ -34,10 +37,15 @@ class BackboneInfo:
     width: int
     depth: int
     image_size: tuple[int, int]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    interpolation: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return asdict(self) | {"image_size": list(self.image_size)}
+        lists: dict[str, Any] = {"image_size": list(self.image_size)}
+        lists |= {k: list(v) for k, v in (("mean", self.mean), ("std", self.std)) if v is not None}
+        return asdict(self) | lists
 
     @classmethod
     def from_dict(cls, record: Any) -> BackboneInfo:
@@ -49,11 +57,25 @@ class BackboneInfo:
             good = (
                 good and isinstance(name, str) and isinstance(fingerprint, str) and len(name) + len(fingerprint) < 1000
             )
-        except (KeyError, TypeError) as error:
+            mean, std = (_channels(record.get(key)) for key in ("mean", "std"))
+            interpolation = record.get("interpolation")
+            good = good and (interpolation is None or (isinstance(interpolation, str) and len(interpolation) < 100))
+        except (AttributeError, KeyError, TypeError) as error:
             raise FileFormatError(f"the backbone's record is incomplete: {error!r}") from error
         if not good:
             raise FileFormatError(f"the backbone's record is not understood: {record!r:.200}")
-        return cls(name, fingerprint, numbers[0], numbers[1], (numbers[2], numbers[3]))
+        return cls(name, fingerprint, numbers[0], numbers[1], (numbers[2], numbers[3]), mean, std, interpolation)
+
+
+def _channels(values: Any) -> tuple[float, ...] | None:
+    """One finite number per channel, or TypeError."""
+    if values is None:
+        return None
+    if not isinstance(values, list) or not 1 <= len(values) <= 64:
+        raise TypeError("mean and std are lists of a number per channel")
+    if not all(isinstance(v, (int, float)) and abs(v) < 1e6 for v in values):
+        raise TypeError("mean and std are lists of finite numbers")
+    return tuple(float(v) for v in values)
 
 
 class PromptPool(Mapping[str, Tensor]):
@@ -154,12 +176,23 @@ class PromptPool(Mapping[str, Tensor]):
         )
 
     def check_backbone(self, info: BackboneInfo) -> None:
-        """Raise PromptError if the prompts were tuned for another network; the image size may differ."""
+        """Raise PromptError if the prompts were tuned for another network; the image size may differ.
+
+        Another normalisation or resize filter of the images is a warning: whoever feeds images that are ready knows.
+        """
         mine = self.backbone
         if mine is None:
             return
         same = (mine.width, mine.depth) == (info.width, info.depth)
         if same and (not mine.fingerprint or not info.fingerprint or mine.fingerprint == info.fingerprint):
+            for key in ("mean", "std", "interpolation"):
+                tuned, now = getattr(mine, key), getattr(info, key)
+                if None not in (tuned, now) and tuned != now:
+                    warnings.warn(
+                        f"the prompts were tuned on images of {key} {tuned}, this backbone's have {now}",
+                        HGPromptWarning,
+                        stacklevel=3,
+                    )
             return
         raise PromptError(
             f"the prompts were tuned for backbone {mine.name} ({_short(mine)}), this is {info.name} ({_short(info)}): "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from hgprompt.errors import FileFormatError, PromptError
+from hgprompt.errors import FileFormatError, HGPromptWarning, PromptError
 from hgprompt.files import read_safetensors, write_safetensors
 from hgprompt.pool import BackboneInfo, PromptPool
 
@@ -18,6 +20,21 @@ def _pool(**options):
     prompts = {name: torch.randn(4, 6, generator=g) for name in ("cats", "dogs", "birds")}
     metadata = {"cats": {"task": "cats", "init_seed": 3, "training": {"epochs": 10}}}
     return PromptPool(prompts, **({"backbone": INFO, "metadata": metadata} | options))
+
+
+def test_preprocessing_is_remembered(tmp_path):
+    """Mean, std and resize filter go with the pool; another one is a warning, for its prompts mean less then."""
+    info = dataclasses.replace(INFO, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0), interpolation="bilinear")
+    _pool(backbone=info).save(tmp_path / "pool.safetensors")
+    again = PromptPool.load(tmp_path / "pool.safetensors")
+    assert again.backbone == info
+    again.check_backbone(info)
+    again.check_backbone(INFO)  # not recorded: nothing to compare
+    with pytest.warns(HGPromptWarning, match=r"mean \(0\.1"):
+        again.check_backbone(dataclasses.replace(info, mean=(0.5, 0.5, 0.5)))
+    for bad in ({"mean": "0.5"}, {"std": [1e9]}, {"mean": []}, {"interpolation": 3}):
+        with pytest.raises(FileFormatError):
+            BackboneInfo.from_dict(INFO.to_dict() | bad)
 
 
 def test_round_trip_is_exact(tmp_path):

@@ -113,6 +113,28 @@ PromptDropout = Annotated[
 ]
 
 
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        help="Mean of the channels that images are normalised with, as 0.5,0.5,0.5; default: the pool's, or timm's.",
+        show_default=False,
+        rich_help_panel=BACKBONE_PANEL,
+    ),
+]
+Std = Annotated[
+    str | None,
+    typer.Option(help="Their standard deviation, likewise.", show_default=False, rich_help_panel=BACKBONE_PANEL),
+]
+Interpolation = Annotated[
+    str | None,
+    typer.Option(
+        help="Resize filter: bicubic, bilinear, nearest or lanczos; default: the pool's, or timm's.",
+        show_default=False,
+        rich_help_panel=BACKBONE_PANEL,
+    ),
+]
+
+
 def load_backbone(
     info: BackboneInfo | None,
     name: str | None,
@@ -121,6 +143,9 @@ def load_backbone(
     dtype: str,
     image_size: int | None = None,
     default: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    interpolation: str | None = None,
 ) -> FrozenViT:
     """The backbone that the options name, or a pool's."""
     import torch
@@ -149,12 +174,24 @@ def load_backbone(
         dtype=_dtype(dtype, device),
         **options,
     )
+    if info is not None:
+        vit.set_preprocessing(mean=info.mean, std=info.std, interpolation=info.interpolation)
+    vit.set_preprocessing(mean=_numbers("mean", mean), std=_numbers("std", std), interpolation=interpolation)
     if any(size % patch for size, patch in zip(vit.image_size, vit.patch_size, strict=True)):
         patch = vit.patch_size[0]
         raise OptionError(
             f"{vit.image_size[0]} pixels are no multiple of {vit.name}'s patches of {patch}: they would be cut"
         )
     return vit
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    from hgprompt.errors import OptionError
+
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise OptionError(f"--{option} must be numbers with commas between them, got {text!r}") from error
 
 
 def _dtype(name: str, device: str) -> torch.dtype:

@@ -33,6 +33,9 @@ def train_source(
     backbone: options.Backbone = None,
     weights: options.Weights = None,
     image_size: options.ImageSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    interpolation: options.Interpolation = None,
     tokens: Tokens = None,
     deep: Annotated[bool, typer.Option("--deep", help="Prompt tokens of its own for every block (VPT-deep).")] = False,
     split: options.Split = "train800val200",
@@ -80,8 +83,9 @@ def train_source(
         check_name(each)
     known = PromptPool.load(pool) if pool.exists() else None
     vit = options.load_backbone(
-        None if known is None else known.backbone, backbone, weights, device, dtype, image_size, default="mini"
-    )
+        None if known is None else known.backbone, backbone, weights, device, dtype, image_size, "mini", mean, std,
+        interpolation,
+    )  # fmt: skip
     if known is not None:
         deep, tokens, seed = _as_in_the_pool(known, pool, vit, deep, tokens, seed)
     tokens, seed = tokens or 10, 42 if seed is None else seed
@@ -132,6 +136,9 @@ def tune(
     backbone: options.Backbone = None,
     weights: options.Weights = None,
     image_size: options.ImageSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    interpolation: options.Interpolation = None,
     tokens: Annotated[
         int | None, typer.Option(help="Prompt tokens of a random start; default: 10.", min=1, max=10_000)
     ] = None,
@@ -174,7 +181,9 @@ def tune(
     if prompt is not None and (tokens is not None or deep):
         raise OptionError("--tokens and --deep are of a random start: this one has its own")
     with output_directory(out):
-        vit = options.load_backbone(info, backbone, weights, device, dtype, image_size, default="mini")
+        vit = options.load_backbone(
+            info, backbone, weights, device, dtype, image_size, "mini", mean, std, interpolation
+        )
         config = _config(epochs, batch_size, optimizer, lr, head_lr, weight_decay, warmup, prompt_dropout, seed)
         images = options.load_images(data, split, vit, limit=limit, quiet=quiet or as_json)
         tested = None if test is None else _test_images(data, test, images, vit, quiet or as_json)

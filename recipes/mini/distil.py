@@ -180,7 +180,7 @@ def main() -> None:
     second = stages.add_parser("learn")
     second.add_argument("views", type=Path)
     second.add_argument("out", type=Path)
-    second.add_argument("--epochs", type=int, default=12)
+    second.add_argument("--epochs", type=int, default=10)
     second.add_argument("--batch", type=int, default=128)
     second.add_argument("--lr", type=float, default=1.5e-3)
     second.add_argument("--patch-weight", type=float, default=0.5)
