@@ -5,6 +5,7 @@ result = hgprompt.fast_ensemble(prompts, loader)
 
 import logging as _logging
 
+from hgprompt import transferability
 from hgprompt.backbone import FrozenViT
 from hgprompt.bundled import load_backbone
 from hgprompt.encoder import MultiPromptEncoder, encode
@@ -53,6 +54,7 @@ __all__ = [
     "h_score",
     "load_backbone",
     "optimize_weights",
+    "transferability",
 ]
 
 _logging.getLogger(__name__).addHandler(_logging.NullHandler())
