@@ -16,7 +16,7 @@ if [ "${1:-}" = --rehearse ]; then
   export TRITON_INTERPRET=1
   shift
 fi
-wanted=" ${*:-tests kernels encode paper compiled profile rest} "
+wanted=" ${*:-tests kernels encode paper tune compiled profile rest} "
 mkdir -p "$out"
 export PYTHONPATH=. PYTHONUNBUFFERED=1
 
@@ -33,6 +33,7 @@ part tests 240 python3 -m pytest -q -p no:cacheprovider tests/kernels tests/test
 part kernels 150 python3 benchmarks/gpu_kernels.py "$out/gpu-kernels.json" $rehearse
 part encode 200 python3 benchmarks/gpu_encode.py "$out/gpu-encode.json" $rehearse
 part paper 120 python3 benchmarks/gpu_paper.py "$out/gpu-paper.json" $rehearse
+part tune 200 python3 benchmarks/gpu_tune.py "$out/gpu-tune.json" --seconds 150 $rehearse
 part compiled 400 python3 benchmarks/gpu_encode.py "$out/gpu-encode-compiled.json" --compiled $rehearse
 part profile 60 python3 benchmarks/gpu_paper.py "$out/gpu-profile.json" --profile $rehearse
 part rest 200 python3 -m pytest -q -p no:cacheprovider tests/test_encoder.py tests/test_objective.py tests/test_ensemble.py
