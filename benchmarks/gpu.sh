@@ -3,9 +3,11 @@
 #
 #   benchmarks/gpu.sh OUT [--rehearse] [PART ...]
 #
-# OUT is a folder (benchmarks/results to keep them). Without PARTs all are run, about 20 minutes at most. --rehearse:
-# tiny shapes on a CPU with Triton's interpreter, to find the typos. Needs torch, triton, timm, safetensors, scipy,
-# hypothesis and pytest, and the repository's tree; nothing is installed.
+# OUT is a folder (benchmarks/results to keep them). Without PARTs all are run: half an hour at most. Where a command may
+# take ten minutes, call it three times: "tests kernels tune", "encode paper profile", "compiled rest". --rehearse: tiny
+# shapes on a CPU with Triton's interpreter, to find the typos. Needs torch, triton, timm, safetensors, scipy, hypothesis
+# and pytest (pytest-xdist is used where it is there), and the repository's tree; nothing is installed. Without .git, set
+# COMMIT. All logs and figures are also packed into OUT/gpu.tar.gz.
 set -u
 cd "$(dirname "$0")/.."
 out=${1:?usage: benchmarks/gpu.sh OUT [--rehearse] [PART ...]}
@@ -29,7 +31,12 @@ part() { # part NAME SECONDS COMMAND...
   echo "== $name: exit ${PIPESTATUS[0]}"
 }
 
-part tests 240 python3 -m pytest -q -p no:cacheprovider tests/kernels tests/test_operations.py tests/test_cuda.py
+# Hundreds of small kernels are compiled in the tests: side by side where that can be had.
+beside=
+if [ -z "$rehearse" ] && python3 -c 'import xdist' 2>/dev/null; then beside="-n 12"; fi
+# shellcheck disable=SC2086
+part tests 280 python3 -m pytest -q -p no:cacheprovider $beside tests/test_cuda.py tests/test_operations.py tests/kernels \
+  --deselect tests/kernels/test_report.py
 part kernels 150 python3 benchmarks/gpu_kernels.py "$out/gpu-kernels.json" $rehearse
 part encode 200 python3 benchmarks/gpu_encode.py "$out/gpu-encode.json" $rehearse
 part paper 120 python3 benchmarks/gpu_paper.py "$out/gpu-paper.json" $rehearse
@@ -37,3 +44,4 @@ part tune 200 python3 benchmarks/gpu_tune.py "$out/gpu-tune.json" --seconds 150 
 part compiled 400 python3 benchmarks/gpu_encode.py "$out/gpu-encode-compiled.json" --compiled $rehearse
 part profile 60 python3 benchmarks/gpu_paper.py "$out/gpu-profile.json" --profile $rehearse
 part rest 200 python3 -m pytest -q -p no:cacheprovider tests/test_encoder.py tests/test_objective.py tests/test_ensemble.py
+tar -czf "$out/gpu.tar.gz" -C "$out" $(cd "$out" && ls gpu-*.json gpu-*.log 2>/dev/null)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,23 +22,32 @@ INNER, HEAD_DIM, IMAGE_TOKENS = 4 * WIDTH, WIDTH // HEADS, (SIZE // 16) ** 2 + 1
 
 
 def median_ms(function, rounds=3 if REHEARSE else 20, warm_up=1 if REHEARSE else 3) -> float:
-    """Median milliseconds of a call, on the device's own clock where it has one."""
+    """Median milliseconds of a call, on the device's own clock where it has one.
+
+    On a GPU the caches are flushed before each call, and the device sleeps for a moment, so that the host is ahead and
+    its own work is not measured.
+    """
     for _ in range(warm_up):
         function()
-    times = []
-    for _ in range(rounds):
-        if DEVICE == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            function()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        else:
+    if DEVICE != "cuda":
+        times = []
+        for _ in range(rounds):
             start = time.perf_counter()
             function()
             times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+        return statistics.median(times)
+    flush = torch.empty(1 << 28, dtype=torch.uint8, device=DEVICE)
+    events = []
+    for _ in range(rounds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        torch.cuda._sleep(400_000)  # about 0.2 ms
+        begin.record()
+        function()
+        end.record()
+        events.append((begin, end))
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in events)
 
 
 def ceilings() -> dict[str, float]:
@@ -62,7 +72,7 @@ def provenance() -> dict[str, object]:
     def output(*command: str) -> str:
         try:
             return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
-        except OSError:
+        except (OSError, subprocess.SubprocessError):
             return ""
 
     def of(package: str) -> str:
@@ -75,7 +85,7 @@ def provenance() -> dict[str, object]:
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu (rehearsal)",
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "versions": {p: of(p) for p in ("torch", "triton", "timm")} | {"cuda": torch.version.cuda},
-        "commit": output("git", "rev-parse", "HEAD"),
+        "commit": output("git", "rev-parse", "HEAD") or os.environ.get("COMMIT", ""),
         "dirty": bool(output("git", "status", "--porcelain", "--untracked-files=no")),
         "dtype": str(DTYPE),
         "shapes": {"M": M, "B": B, "p": TOKENS, "pixels": SIZE, "depth": DEPTH, "width": WIDTH},

@@ -59,14 +59,18 @@ class Table:
         try:
             ms = median_ms(function)
         except Exception as failure:  # one kernel that does not run must not lose the others' figures
-            self.record["kernels"].append({"name": name, "kind": kind, "failed": f"{failure!r:.300}"})
-            print(f"{name:44} {kind:8} failed: {failure!r:.100}", flush=True)
+            self.fail(name, kind, failure)
             return
         floor = max(flop / self.rate / 1e9, size / self.bandwidth / 1e6)
         row = {"name": name, "kind": kind, "ms": ms, "floor_ms": floor, "share_of_floor": floor / ms,
                "TFLOP/s": flop / ms / 1e9, "GB/s": size / ms / 1e6, "relative_error": err}  # fmt: skip
         self.record["kernels"].append(row)
         print(f"{name:44} {kind:8} {ms:8.3f} ms  floor {floor:8.3f}  share {floor / ms:5.2f}", flush=True)
+        keep(self.record)
+
+    def fail(self, name: str, kind: str, failure: Exception) -> None:
+        self.record["kernels"].append({"name": name, "kind": kind, "failed": f"{failure!r:.300}"})
+        print(f"{name:44} {kind:8} failed: {failure!r:.100}", flush=True)
         keep(self.record)
 
 
@@ -78,10 +82,16 @@ def attentions(table: Table) -> None:
         flop = 4 * sequences * HEADS * queries * keys * HEAD_DIM
         return flop, sequences * HEADS * HEAD_DIM * element * (2 * queries + 2 * keys)
 
-    def measure(name, function, reference, leaves, queries, keys, back=1.0):
+    def measure(name, function, reference, leaves, queries, keys, back=1.0, shared=0):
+        """back: share of the backward pass that is needed. shared: bytes read once and not for every sequence."""
         flop, size = cost(queries, keys)
-        forward, both = with_gradient(function, leaves)
-        err = None if reference is None else error(function, reference, leaves)
+        size -= shared
+        try:
+            forward, both = with_gradient(function, leaves)
+            err = None if reference is None else error(function, reference, leaves)
+        except Exception as failure:
+            table.fail(name, "both", failure)
+            return
         table.add(name, "forward", forward, flop, size, err)
         table.add(name, "both", both, flop * (1 + 2.5 * back), size * (1 + 2 * back))
 
@@ -89,13 +99,15 @@ def attentions(table: Table) -> None:
     packed = lambda x: attention.packed_attention(x, SCALE)  # noqa: E731
     plain = lambda x: attention.packed_attention_reference(x, SCALE)  # noqa: E731
     measure("attention, middle block", packed, plain, [qkv], T, T)
-    for limit in (256,):  # dQ, dK, dV from one program
-        for row in compiler.configurations()[compiler._architecture(qkv.device)]["attention_backward_keys"]:
-            row["WHOLE_UP_TO"] = limit
+    for row in compiler.configurations()[compiler._architecture(qkv.device)]["attention_backward_keys"]:
+        # dQ, dK, dV from one program: on sm_90, 8 warps and 16 queries at once do not spill.
+        kept = dict(row)
+        row.update(WHOLE_UP_TO=256, BLOCK_T=16, num_warps=8, num_stages=1)
         compiler._row.cache_clear()
-        measure("attention, middle block, one program", packed, plain, [qkv], T, T)
-        for row in compiler.configurations()[compiler._architecture(qkv.device)]["attention_backward_keys"]:
-            row["WHOLE_UP_TO"] = 0
+        if row["bits"] == 8 * element and row["width"] >= HEAD_DIM:
+            measure("attention, middle block, one program", packed, plain, [qkv], T, T)
+        row.clear()
+        row.update(kept)
         compiler._row.cache_clear()
     if DEVICE == "cuda":
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
@@ -117,14 +129,16 @@ def attentions(table: Table) -> None:
 
     # Only the prompts' rows get a gradient: their share of the queries, and of the keys.
     measure("attention, first block", first(attention.segment_attention), first(attention.segment_attention_reference),
-            prompts, T, T, back=2 * TOKENS / T)  # fmt: skip
+            prompts, T, T, back=2 * TOKENS / T,
+            shared=3 * HEADS * HEAD_DIM * element * (n * T - IMAGES * IMAGE_TOKENS - M * TOKENS))  # fmt: skip
 
     def deep(function):
         return lambda x, k, v: function(x, SCALE, *(y[:, None].expand(M, IMAGES, *y.shape[1:]) for y in (k, v)))
 
     tokens = random(M, IMAGES, IMAGE_TOKENS, 3, HEADS, HEAD_DIM)
     measure("attention, middle block, deep prompts", deep(attention.packed_attention),
-            deep(attention.packed_attention_reference), [tokens, *prompts[1:]], IMAGE_TOKENS, T)  # fmt: skip
+            deep(attention.packed_attention_reference), [tokens, *prompts[1:]], IMAGE_TOKENS, T,
+            shared=2 * HEADS * HEAD_DIM * element * (n - M) * TOKENS)  # fmt: skip
     q, k, v = (random(M, IMAGES, t, HEADS, HEAD_DIM) for t in (1, T, T))
     measure("attention, last block", lambda *x: attention.segment_attention(*x, SCALE),
             lambda *x: attention.segment_attention_reference(*x, SCALE), [q, k, v], 1, T)  # fmt: skip
@@ -166,8 +180,12 @@ def mlps(table: Table) -> None:
         forms["PyTorch"] = lambda t, a=activation: mlp.mlp_reference(t, w1, b1, w2, b2, a, False)
         for name, function in forms.items():
             exact = lambda t, a=activation: mlp.mlp_reference(t, *(w.double() for w in (w1, b1, w2, b2)), a, False)  # noqa: E731
-            forward, both = with_gradient(function, [x])
-            err = error(function, exact, [x[:256]])
+            try:
+                forward, both = with_gradient(function, [x])
+                err = error(function, exact, [x[:256]])
+            except Exception as failure:
+                table.fail(f"MLP, {activation}, {name}", "both", failure)
+                continue
             table.add(f"MLP, {activation}, {name}", "forward", forward, flop, 2 * rows * WIDTH * DTYPE.itemsize, err)
             table.add(f"MLP, {activation}, {name}", "both", both, 2 * flop, 0)
 

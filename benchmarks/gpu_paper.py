@@ -88,7 +88,10 @@ def profile() -> None:
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
         key = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
-        rows = sorted(found.key_averages(), key=lambda e: -getattr(e, key))[:40]
+        # An operator's entry repeats the time of the kernels that it launched: on a GPU, kernels alone are counted.
+        wanted = torch.autograd.DeviceType.CUDA if DEVICE == "cuda" else torch.autograd.DeviceType.CPU
+        events = [e for e in found.key_averages() if e.device_type == wanted and not e.is_user_annotation]
+        rows = sorted(events, key=lambda e: -getattr(e, key))[:40]
         table = [{"name": e.key[:160], "calls": e.count, "ms": getattr(e, key) / 1e3} for e in rows]
         record["profiles"]["deep" if deep else "shallow"] = table
         keep(record)

@@ -32,8 +32,8 @@ def grid(**values) -> list[dict[str, int]]:
 CANDIDATES = {
     "attention_forward": grid(BLOCK_T=(64, 128), BLOCK_S=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3)),
     "attention_backward_keys": [
+        *grid(BLOCK_T=(16, 32), BLOCK_S=(64,), WHOLE_UP_TO=(256,), num_warps=(8,), num_stages=(1, 2)),
         *grid(BLOCK_T=(32, 64), BLOCK_S=(64, 128), WHOLE_UP_TO=(0,), num_warps=(4, 8), num_stages=(1, 2, 3)),
-        *grid(BLOCK_T=(16, 32), BLOCK_S=(64,), WHOLE_UP_TO=(256,), num_warps=(8, 16), num_stages=(1, 2)),
     ],
     "attention_backward_queries": grid(
         BLOCK_T=(64, 128), BLOCK_S=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3)

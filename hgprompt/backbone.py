@@ -155,6 +155,7 @@ class FrozenViT(nn.Module):
         self.register_buffer("patch_position", patch_position, persistent=False)
         self.mean: tuple[float, ...] = tuple(config.get("mean") or (0.5,) * self.in_channels)
         self.std: tuple[float, ...] = tuple(config.get("std") or (0.5,) * self.in_channels)
+        self._normalizers: dict[Any, Tensor] = {}
         # Block by block into the compute dtype: the whole network in float64 would be the peak of a program's memory.
         dtype = dtype or source.patch_embed.proj.weight.dtype
         self._blocks = nn.ModuleList(PackedBlock(b, f"blocks.{i}").to(dtype=dtype) for i, b in enumerate(source.blocks))
@@ -284,9 +285,12 @@ class FrozenViT(nn.Module):
         if images.dtype == torch.uint8:
             # float32 at least: 1/255 steps are lost in bfloat16 before the mean is taken off.
             precise = torch.promote_types(self.dtype, torch.float32)
-            mean, std = (
-                torch.tensor(v, dtype=precise, device=self.device).view(-1, 1, 1) for v in (self.mean, self.std)
-            )
+            # Made once: a copy to a GPU would wait for all that was asked of it before.
+            key = (self.mean, self.std, self.device, precise)
+            if key not in self._normalizers:
+                numbers = torch.tensor([self.mean, self.std], dtype=precise, device=self.device)
+                self._normalizers = {key: numbers[:, :, None, None]}
+            mean, std = self._normalizers[key]
             images = (images.to(precise) / 255 - mean) / std
         return images.to(self.dtype)
 

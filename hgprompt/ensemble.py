@@ -185,7 +185,8 @@ class _Pass:
         micro_batch: int | None,
         impl: Impl,
     ) -> None:
-        self.vit, self.prompts, self.names = vit, prompts, names
+        # On the device once, and not with every batch.
+        self.vit, self.prompts, self.names = vit, prompts.to(vit.device, vit.dtype), names
         self.options: dict[str, Any] = {"micro_batch": micro_batch, "impl": impl}
         self.folds = folds
         self.statistics = EnsembleStatistics(folds=folds, keep=keep)
@@ -299,7 +300,8 @@ def _resolve(
             )
     elif isinstance(backbone, FrozenViT):
         vit = backbone
-        if (device is not None and torch.device(device) != vit.device) or dtype not in (None, vit.dtype):
+        elsewhere = device is not None and not _is_on(torch.device(device), vit.device)
+        if elsewhere or dtype not in (None, vit.dtype):
             vit = copy.deepcopy(vit).to(device=device, dtype=dtype)
     else:
         vit = FrozenViT.from_timm(backbone, device=device, dtype=dtype)
@@ -307,6 +309,11 @@ def _resolve(
     stack = pool.stack()
     check_prompts(vit, stack)
     return pool.names, stack, vit
+
+
+def _is_on(wanted: torch.device, device: torch.device) -> bool:
+    """Whether a device is the one that was asked for; "cuda" is any GPU."""
+    return wanted.type == device.type and wanted.index in (None, device.index)
 
 
 def _check_options(lam: float, gradient_images: int | None, folds: int, head: Head) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hgprompt.errors import DataError, OptionError, PromptError, StatisticsError
-from hgprompt.moments import Moments
+from hgprompt.moments import Moments, class_sums
 from hgprompt.simplex import Vector
 from hgprompt.statistics import EnsembleStatistics, check_labels
 
@@ -322,9 +322,8 @@ def solve_regularized(covariance: Tensor, ridge: Tensor, right: Tensor, n: int) 
 def _class_means(centred: Tensor, labels: Tensor) -> Tensor:
     """√π_c · (mean of class c), [M, C, h], of centred features [M, N, h]; classes in ascending order."""
     classes, index = labels.unique(return_inverse=True)
-    index = index.to(centred.device)
-    sums = centred.new_zeros(len(centred), len(classes), centred.shape[2]).index_add(1, index, centred)
-    counts = index.bincount(minlength=len(classes)).to(centred.dtype)
+    sums = class_sums(centred, index, len(classes))
+    counts = index.bincount(minlength=len(classes)).to(centred)
     return sums / (counts * centred.shape[1]).sqrt()[:, None]
 
 

@@ -325,10 +325,11 @@ class _FiniteCheck:
         if not features.is_cuda:
             self._require(finite, position)
             return
-        host = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
-        host.copy_(finite, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        with torch.cuda.device(features.device):
+            host = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
+            host.copy_(finite, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
         self._pending.append((event, host, position))
         self._finish(2)
 

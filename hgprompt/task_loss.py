@@ -52,7 +52,9 @@ class LinearHeads:
         An image of a class that no other fold has seen has no output to be scored by, and counts nothing.
         """
         logits = self.logits(features, prompts)
-        target = self.targets(labels).to(features.device)
+        target = self.targets(labels)
+        if features.is_cuda:  # from pinned memory the copy does not wait
+            target = target.pin_memory().to(features.device, non_blocking=True)
         losses = F.cross_entropy(logits.flatten(0, 1), target.repeat(len(features)), reduction="none")
         return losses.unflatten(0, features.shape[:2]).sum(1)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hgprompt.errors import DataError, OptionError
+from hgprompt.moments import class_sums
 from hgprompt.statistics import check_labels
 
 __all__ = ["leep", "log_me", "nce", "trace_ratio", "transrate"]
@@ -149,8 +150,7 @@ def leep(probabilities: Tensor, labels: Tensor) -> float:
     if len(theta) == 0 or bool(((theta.sum(1) - 1).abs() > 1e-3).any()):
         raise DataError("every row of probabilities must sum to 1: apply softmax to logits")
     index, counts = _index(labels, theta)
-    joint = torch.zeros(len(counts), theta.shape[1], dtype=theta.dtype, device=theta.device)
-    joint.index_add_(0, index, theta)
+    joint = class_sums(theta[None], index, len(counts))[0]
     known = joint.sum(0) > 0
     conditional = joint[:, known] / joint[:, known].sum(0)
     return float((conditional[index] * theta[:, known]).sum(1).log().mean())
@@ -203,5 +203,4 @@ def _index(labels: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _class_means(f: Tensor, index: Tensor, counts: Tensor) -> Tensor:
-    sums = torch.zeros(len(counts), f.shape[1], dtype=f.dtype, device=f.device).index_add_(0, index, f)
-    return sums / counts[:, None]
+    return class_sums(f[None], index, len(counts))[0] / counts[:, None]

@@ -434,6 +434,7 @@ def _(dout, out, lse, q1, k1, v1, q2, k2, v2, scale, needed):
 
 def _segment_setup(ctx, inputs, output):
     q1, k1, v1, q2, k2, v2, scale = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q1, k1, v1, q2, k2, v2, *output)
     ctx.scale = scale
 
@@ -485,6 +486,7 @@ def _(dout, out, lse, qkv, k2, v2, scale):
 
 def _packed_setup(ctx, inputs, output):
     qkv, k2, v2, scale = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(qkv, k2, v2, *output)
     ctx.scale = scale
 

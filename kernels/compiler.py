@@ -23,9 +23,19 @@ SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 """Bytes that one program can have (A100, A800; H100, H200)."""
 
 
+# Numbers that change from batch to batch. Triton would compile a kernel anew for one that is 1, or a multiple of 16;
+# none of them says anything of the contiguous axis, whose alignment it needs to know.
+_VARYING = ("B", "T1", "T2", "S1", "S2", "first_key", "first_query", "rows", "M")
+
+
 def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the bare function where there is no Triton (which nothing then launches)."""
-    return function if triton is None else triton.jit(function)
+    """`triton.jit`, compiled once whatever the batch; or the bare function where there is no Triton (which nothing then
+    launches)."""
+    if triton is None:
+        return function
+    code = function.__code__
+    arguments = code.co_varnames[: code.co_argcount]
+    return triton.jit(function, do_not_specialize=[name for name in _VARYING if name in arguments])
 
 
 def interpreted() -> bool:
