@@ -33,7 +33,7 @@ TARGETS = (
     "emoji", "object-count", "stamps", "nearest-distance", "fontid", "sprite-orientation", "letters", "clipart",
 )  # fmt: skip
 SEEDS = (42, 44, 82)
-BUDGETS = (2, 10, 50)
+BUDGETS = (2, 10, 30)
 NUM_TOKENS = 10
 SOURCE_IMAGES, SOURCE_EPOCHS = 400, 15
 IMAGES, TEST_IMAGES = 160, 300
