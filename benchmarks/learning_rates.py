@@ -1,4 +1,4 @@
-"""Which learning rates tune a random prompt on the mini backbone: the table of docs/choices.md.
+"""Which learning rates tune a random prompt on the mini backbone.
 
 python benchmarks/learning_rates.py --suite SUITE --out benchmarks/results/learning-rates.json
 

@@ -13,8 +13,8 @@ from hgprompt.data import PROCEDURAL_TASKS
 from hgprompt.demo import PLANS, DemoPlan, run_demo
 
 SMALL = DemoPlan(
-    target="sprite-x-location", source_images=20, source_epochs=1, images=32, test_images=32, epochs=2, seeds=(1, 2),
-    num_tokens=2,
+    target="sprite-x-location", source_images=18, source_epochs=1, images=32, test_images=16, epochs=2, seeds=(1, 2),
+    num_tokens=1,
 )  # fmt: skip
 
 
@@ -48,11 +48,11 @@ def test_goes_on_where_it_was_interrupted(vit, tmp_path):
     whole = run_demo(vit, SMALL, tmp_path)[1]
     with pytest.raises(Stop):
         run_demo(vit, SMALL, tmp_path, progress=stop)
-    (kept,) = tmp_path.glob(".hgprompt-demo-*")
-    other = dataclasses.replace(SMALL, epochs=1, seeds=(1,))  # what another plan left is not in the way, and stays
-    run_demo(vit, other, tmp_path)
-    assert kept.is_dir()
+    assert len(list(tmp_path.glob(".hgprompt-demo-*"))) == 1
+    other = tmp_path / ".hgprompt-demo-00000000"  # what another plan left is not in the way, and stays
+    other.mkdir()
     assert torch.equal(run_demo(vit, SMALL, tmp_path)[1].curves, whole.curves)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == [other.name]
 
 
 def test_command(tmp_path, monkeypatch, capsys):
