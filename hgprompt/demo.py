@@ -38,11 +38,11 @@ class DemoPlan:
     """
 
     target: str = "nearest-distance"
-    source_images: int = 320
-    source_epochs: int = 8
-    images: int = 200
-    test_images: int = 240
-    epochs: int = 8
+    source_images: int = 256
+    source_epochs: int = 6
+    images: int = 160
+    test_images: int = 200
+    epochs: int = 6
     seeds: tuple[int, ...] = (42, 44, 82)
     num_tokens: int = 10
 
