@@ -52,7 +52,7 @@ def plot_ensemble(result: EnsembleResult, path: str | Path) -> None:
     axes[1].axvline(result.uniform_h_score, color=GREY, linestyle="--", label="uniform mixture")
     axes[1].set(title=f"H-score\n(at most {result.n_classes - 1})", xlabel="H on the new task")
     axes[1].grid(axis="x", alpha=0.3)
-    axes[1].legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.55 / side - 0.02), fontsize=9, ncols=1)
+    axes[1].legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.75 / side - 0.02), fontsize=9, ncols=1)
     _prompt_rows(axes[1], names)
     if has_gradients:
         _draw_cosines(figure, axes[2], names, result.gradient_cosines[order][:, order].numpy())
@@ -149,7 +149,8 @@ def _draw_weights(axis: Any, names: Sequence[str], weights: np.ndarray, errors: 
 def _draw_cosines(figure: Any, axis: Any, names: Sequence[str], cosines: np.ndarray) -> None:
     m = len(names)
     picture = axis.imshow(cosines, cmap="PuOr", vmin=-1, vmax=1)
-    axis.set_xticks(range(m), names, rotation=90)
+    upright = m > 8
+    axis.set_xticks(range(m), names, rotation=90 if upright else 35, ha="center" if upright else "right")
     axis.set_yticks(range(m), [""] * m)  # the rows are those of the first panel
     axis.set_title("Do the gradients agree?\n(cosines)")
     if m <= 14:
