@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import timm
 import torch
+
+from hgprompt.kernels import compiler
 
 REHEARSE = "--rehearse" in sys.argv
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,6 +24,36 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter
 # The paper's setting: ViT-B/16, 224 pixels, 50 prompt tokens, 13 prompts.
 SIZE, TOKENS, M, B, DEPTH, WIDTH, HEADS = (32, 5, 2, 2, 2, 96, 3) if REHEARSE else (224, 50, 13, 64, 12, 768, 12)
 INNER, HEAD_DIM, IMAGE_TOKENS = 4 * WIDTH, WIDTH // HEADS, (SIZE // 16) ** 2 + 1
+
+
+def network():
+    """timm's ViT-B/16 at the setting's size, random weights from seed 0, in eval mode."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_base_patch16_224", pretrained=False, num_classes=0, img_size=SIZE, depth=DEPTH, embed_dim=WIDTH,
+        num_heads=HEADS,
+    )  # fmt: skip
+    return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def instead(row: dict[str, int], options: dict[str, int]) -> Iterator[None]:
+    """A row of the kernels' launch options with others in it while the block runs."""
+    kept = dict(row)
+    row.update(options)
+    compiler._row.cache_clear()
+    try:
+        yield
+    finally:
+        row.clear()
+        row.update(kept)
+        compiler._row.cache_clear()
+
+
+def row_in_use(kernel: str, bits: int, width: int) -> dict[str, int]:
+    """The row of the launch options that a kernel takes on this device."""
+    rows = compiler.configurations()[compiler._architecture(torch.device(DEVICE))][kernel]
+    return next(r for r in rows if r["bits"] == bits and r["width"] >= width)
 
 
 def median_ms(function, rounds=3 if REHEARSE else 20, warm_up=1 if REHEARSE else 3) -> float:

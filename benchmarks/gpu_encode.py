@@ -18,15 +18,14 @@ import json
 import sys
 from pathlib import Path
 
-import timm
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import literal
 
-from gpu_common import B, DEPTH, DEVICE, DTYPE, HEADS, M, REHEARSE, SIZE, TOKENS, WIDTH  # isort: skip
-from gpu_common import ceilings, keep, median_ms, provenance  # isort: skip
+from gpu_common import B, DEPTH, DEVICE, DTYPE, M, REHEARSE, SIZE, TOKENS, WIDTH  # isort: skip
+from gpu_common import ceilings, keep, median_ms, network, provenance  # isort: skip
 
 from hgprompt import FrozenViT, encode, operations
 from hgprompt.encoder import pull_back
@@ -54,7 +53,7 @@ def batched(model, prompts, images):
     """timm's modules on all (prompt, image) pairs at once → [m, B, h]."""
     deep, m, b = prompts.ndim == 4, len(prompts), len(images)
     x = model._pos_embed(model.patch_embed(images)).repeat(m, 1, 1)
-    of = lambda tokens: tokens.repeat_interleave(b, dim=0)  # noqa: E731
+    of = functools.partial(torch.repeat_interleave, repeats=b, dim=0)
     p = prompts.shape[-2]
     x = model.norm_pre(torch.cat([x[:, :1], of(prompts[:, 0] if deep else prompts), x[:, 1:]], dim=1))
     for i, block in enumerate(model.blocks):
@@ -66,8 +65,7 @@ def batched(model, prompts, images):
 
 def peers(model):
     """{name: (function of prompts and images → features, prompts at once, images at once, context)}"""
-    one = lambda prompts, images: literal.features(model, prompts, images)  # noqa: E731
-    many = lambda prompts, images: batched(model, prompts, images)  # noqa: E731
+    one, many = functools.partial(literal.features, model), functools.partial(batched, model)
     plain = contextlib.nullcontext
     cudnn = functools.partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)
     if COMPILED:
@@ -91,12 +89,7 @@ def variants():
 
 
 def main() -> None:
-    torch.manual_seed(0)
-    model = timm.create_model(
-        "vit_base_patch16_224", pretrained=False, num_classes=0, img_size=SIZE, depth=DEPTH, embed_dim=WIDTH,
-        num_heads=HEADS,
-    )  # fmt: skip
-    model = model.eval().requires_grad_(False).to(DEVICE, DTYPE)
+    model = network().to(DEVICE, DTYPE)
     vit = FrozenViT.from_timm(model)
     images = torch.randn(B, 3, SIZE, SIZE, device=DEVICE, dtype=DTYPE)
     direction = torch.randn(B, WIDTH, device=DEVICE, dtype=DTYPE)

@@ -6,15 +6,16 @@ both measured in the same run. Errors are relative, against float64.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from gpu_common import DEVICE, DTYPE, HEAD_DIM, HEADS, IMAGE_TOKENS, INNER, TOKENS, WIDTH, B, M
 
-from gpu_common import REHEARSE, ceilings, keep, median_ms, provenance  # isort: skip
+from gpu_common import REHEARSE, ceilings, instead, keep, median_ms, provenance, row_in_use  # isort: skip
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hgprompt.kernels import attention, compiler, mlp, norm
+from hgprompt.kernels import attention, mlp, norm
 
 IMAGES = B if REHEARSE else 16  # with 13 prompts: 208 sequences, a good load for a GPU
 T = IMAGE_TOKENS + TOKENS
@@ -96,19 +97,13 @@ def attentions(table: Table) -> None:
         table.add(name, "both", both, flop * (1 + 2.5 * back), size * (1 + 2 * back))
 
     qkv = random(M, IMAGES, T, 3, HEADS, HEAD_DIM)
-    packed = lambda x: attention.packed_attention(x, SCALE)  # noqa: E731
-    plain = lambda x: attention.packed_attention_reference(x, SCALE)  # noqa: E731
+    packed = functools.partial(attention.packed_attention, scale=SCALE)
+    plain = functools.partial(attention.packed_attention_reference, scale=SCALE)
     measure("attention, middle block", packed, plain, [qkv], T, T)
-    for row in compiler.configurations()[compiler._architecture(qkv.device)]["attention_backward_keys"]:
-        # dQ, dK, dV from one program: on sm_90, 8 warps and 16 queries at once do not spill.
-        kept = dict(row)
-        row.update(WHOLE_UP_TO=256, BLOCK_T=16, num_warps=8, num_stages=1)
-        compiler._row.cache_clear()
-        if row["bits"] == 8 * element and row["width"] >= HEAD_DIM:
-            measure("attention, middle block, one program", packed, plain, [qkv], T, T)
-        row.clear()
-        row.update(kept)
-        compiler._row.cache_clear()
+    # dQ, dK, dV from one program: on sm_90, 8 warps and 16 queries at once do not spill.
+    whole = {"WHOLE_UP_TO": 256, "BLOCK_T": 16, "num_warps": 8, "num_stages": 1}
+    with instead(row_in_use("attention_backward_keys", 8 * element, HEAD_DIM), whole):
+        measure("attention, middle block, one program", packed, plain, [qkv], T, T)
     if DEVICE == "cuda":
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
 
@@ -179,7 +174,10 @@ def mlps(table: Table) -> None:
         }
         forms["PyTorch"] = lambda t, a=activation: mlp.mlp_reference(t, w1, b1, w2, b2, a, False)
         for name, function in forms.items():
-            exact = lambda t, a=activation: mlp.mlp_reference(t, *(w.double() for w in (w1, b1, w2, b2)), a, False)  # noqa: E731
+
+            def exact(t, a=activation):
+                return mlp.mlp_reference(t, *(w.double() for w in (w1, b1, w2, b2)), a, False)
+
             try:
                 forward, both = with_gradient(function, [x])
                 err = error(function, exact, [x[:256]])

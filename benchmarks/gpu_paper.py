@@ -11,12 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-import timm
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from gpu_common import B, DEPTH, DEVICE, DTYPE, HEADS, M, REHEARSE, SIZE, TOKENS, WIDTH  # isort: skip
-from gpu_common import ceilings, keep, provenance  # isort: skip
+from gpu_common import B, DEPTH, DEVICE, DTYPE, M, REHEARSE, SIZE, TOKENS, WIDTH  # isort: skip
+from gpu_common import ceilings, keep, network, provenance  # isort: skip
 
 from hgprompt import FrozenViT, fast_ensemble
 from hgprompt.encoder import pull_back
@@ -25,13 +24,8 @@ N, CLASSES = (24, 3) if REHEARSE else (2000, 10)
 
 
 def backbone() -> FrozenViT:
-    torch.manual_seed(0)
-    model = timm.create_model(
-        "vit_base_patch16_224", pretrained=False, num_classes=0, img_size=SIZE, depth=DEPTH, embed_dim=WIDTH,
-        num_heads=HEADS,
-    )  # fmt: skip
     # float16 has too little range for these gradients; a rehearsal on a CPU takes float32.
-    return FrozenViT.from_timm(model.eval(), dtype=DTYPE if DEVICE == "cuda" else torch.float32, device=DEVICE)
+    return FrozenViT.from_timm(network(), dtype=DTYPE if DEVICE == "cuda" else torch.float32, device=DEVICE)
 
 
 def whole() -> None:

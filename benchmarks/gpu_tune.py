@@ -6,18 +6,16 @@ row first. What is faster by more than 3 % is proposed: nothing is written into 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Iterator
 
 import torch
 
 from gpu_common import DEVICE, DTYPE, HEAD_DIM, HEADS, IMAGE_TOKENS, INNER, M, REHEARSE, TOKENS, WIDTH  # isort: skip
-from gpu_common import keep, median_ms, provenance  # isort: skip
+from gpu_common import instead, keep, median_ms, provenance, row_in_use  # isort: skip
 
-from hgprompt.kernels import attention, compiler, mlp, norm  # noqa: F401  (registers the operators)
+from hgprompt.kernels import mlp
 
 SECONDS = float(sys.argv[sys.argv.index("--seconds") + 1]) if "--seconds" in sys.argv else 150.0
 IMAGES = 2 if REHEARSE else 16
@@ -77,40 +75,20 @@ def workloads() -> dict[str, object]:
     }
 
 
-@contextlib.contextmanager
-def instead(kernel: str, row: dict[str, int], options: dict[str, int]) -> Iterator[None]:
-    """The kernel's row with other options while the block runs."""
-    kept = dict(row)
-    row.update(options)
-    compiler._row.cache_clear()
-    try:
-        yield
-    finally:
-        row.clear()
-        row.update(kept)
-        compiler._row.cache_clear()
-
-
-def row_in_use(kernel: str, architecture: str) -> dict[str, int]:
-    width = {"activate": 0, "linear": 0}.get(kernel, HEAD_DIM if "attention" in kernel else WIDTH)
-    bits = 32 if kernel.startswith("normalize") else BITS  # chosen by the residual stream, which is float32
-    rows = compiler.configurations()[architecture][kernel]
-    return next(r for r in rows if r["bits"] == bits and r["width"] >= width)
-
-
 def main() -> None:
     torch.manual_seed(0)
-    architecture = compiler._architecture(torch.device(DEVICE))
-    record = provenance() | {"architecture": architecture, "tried": {}, "proposed": {}}
+    record = provenance() | {"tried": {}, "proposed": {}}
     calls = workloads()
     share = SECONDS / len(CANDIDATES)
     for kernel, candidates in CANDIDATES.items():
-        row, end, tried = row_in_use(kernel, architecture), time.monotonic() + share, []
+        width = {"activate": 0, "linear": 0}.get(kernel, HEAD_DIM if "attention" in kernel else WIDTH)
+        bits = 32 if kernel.startswith("normalize") else BITS  # chosen by the residual stream, which is float32
+        row, end, tried = row_in_use(kernel, bits, width), time.monotonic() + share, []
         shipped = {k: v for k, v in row.items() if k not in ("bits", "width")}
         for options in [shipped, *(c for c in candidates if c != shipped)][: 2 if REHEARSE else None]:
             if time.monotonic() > end:
                 break
-            with instead(kernel, row, options):
+            with instead(row, options):
                 try:
                     tried.append({"ms": median_ms(calls[kernel], rounds=10), **options})
                 except Exception as error:  # too much shared memory, say
