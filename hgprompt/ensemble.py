@@ -22,7 +22,7 @@ from hgprompt.bundled import load_backbone
 from hgprompt.encoder import Impl, check_prompts, encode, pull_back
 from hgprompt.errors import BackboneError, DataError, HGPromptError, HGPromptWarning, OptionError, of_a_worker
 from hgprompt.objective import Shrinkage, gram_of, h_score
-from hgprompt.optimize import Solver, check_options, jackknife_std, optimize_weights
+from hgprompt.optimize import Solver, WeightProblem, check_options, jackknife_std
 from hgprompt.pool import PromptPool
 from hgprompt.progress import Progress, Reporter
 from hgprompt.result import EnsembleResult
@@ -125,14 +125,12 @@ def fast_ensemble(
         gradients = gather.reduce_gradients(process_group)
         report("weights", 0, None)
         total, fold_grams = _grams(gradients, names)
-        solution = optimize_weights(
-            gather.statistics, total, lam=lam, shrinkage=shrinkage, normalize=normalize, solver=solver, starts=starts,
-            tolerance=tolerance, max_steps=max_steps, learning_rate=learning_rate, seed=seed,
+        problem = WeightProblem(
+            gather.statistics, total, shrinkage=shrinkage, normalize=normalize, starts=starts, tolerance=tolerance,
+            max_steps=max_steps, seed=seed,
         )  # fmt: skip
-        weight_std = jackknife_std(
-            gather.statistics, solution, fold_grams, lam=lam, normalize=normalize, solver=solver, tolerance=tolerance,
-            max_steps=max_steps, learning_rate=learning_rate,
-        )  # fmt: skip
+        solution = problem.solve(lam, solver=solver, learning_rate=learning_rate)
+        without_fold = problem.jackknife(solution, fold_grams, lam, solver=solver, learning_rate=learning_rate)
         weights, found = solution
         mixed = torch.tensordot(weights, stack.to("cpu", torch.float64), dims=1).to(stack.dtype)
         sample_h, sample_h_mixed = math.nan, math.nan
@@ -152,7 +150,7 @@ def fast_ensemble(
         source_h_scores=found.source_h_scores,
         uniform_h_score=found.uniform_h_score,
         gradient_cosines=nan if total is None else total,
-        weight_std=weight_std,
+        weight_std=jackknife_std(without_fold),
         n_images=gather.statistics.num_images,
         n_classes=len(gather.statistics.classes),
         n_gradient_images=gather.num_gradient_images,

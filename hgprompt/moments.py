@@ -6,7 +6,7 @@ digits; merging moves one pilot to the other exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,15 @@ def class_sums(y: Tensor, index: Tensor, num_classes: int) -> Tensor:
     if y.is_cuda:
         return torch.einsum("nc,mnh->mch", torch.nn.functional.one_hot(index, num_classes).to(y.dtype), y)
     return y.new_zeros(len(y), num_classes, y.shape[2]).index_add_(1, index, y)
+
+
+def mixed(parts: Tensor, weights: Tensor) -> Tensor:
+    """Σ α_i x_i in float64 of parts x [M, ...] of any dtype and weights [M]; what has no weight is not read."""
+    total = torch.zeros(parts.shape[1:], dtype=torch.float64, device=parts.device)
+    for i, weight in enumerate(weights.tolist()):
+        if weight:
+            total.add_(parts[i], alpha=weight)
+    return total
 
 
 class Moments:
@@ -113,11 +122,23 @@ class Moments:
         """Moments of one prompt's features alone. Fourth sums are those of a mixture and do not come along."""
         return self._alone(lambda t: t[prompt : prompt + 1], lambda: self.rows[prompt][:, :1].clone())
 
-    def of_mixture(self) -> Moments:
-        """Moments of the uniform mixture of the prompts' features."""
-        alone = self._alone(lambda t: t.mean(0, keepdim=True), lambda: self.mixed_second()[:, None])
-        alone.third, alone.fourth = self.third.clone(), self.fourth.clone()
-        return alone
+    def of_mixture(self, weights: Tensor | None = None) -> Moments:
+        """Moments of the mixture Σ α_i y_i [M weights]; None: the uniform one, whose fourth sums come along."""
+        if weights is None:
+            alone = self._alone(lambda t: t.mean(0, keepdim=True), lambda: self.mixed_second()[:, None])
+            alone.third, alone.fourth = self.third.clone(), self.fourth.clone()
+            return alone
+        return self._alone(lambda t: (weights.to(t) @ t)[None], lambda: self.quadratic(weights)[:, None])
+
+    def project(self, basis: Tensor) -> Moments:
+        """Moments of the features in an orthonormal basis [h, k]: yQ instead of y. Fourth sums do not come along."""
+        projected = Moments(self.num_prompts, basis.shape[1])
+        if self.centre is not None:
+            projected.count, projected.centre, projected.sums = self.count, self.centre @ basis, self.sums @ basis
+            projected.rows = [torch.einsum("hk,hml->kml", basis, row @ basis) for row in self.rows]
+            projected.class_counts = dict(self.class_counts)
+            projected.class_sums = {label: total @ basis for label, total in self.class_sums.items()}
+        return projected
 
     def _alone(self, select: Callable[[Tensor], Tensor], second: Callable[[], Tensor]) -> Moments:
         alone = Moments(1, self.width)
@@ -199,3 +220,12 @@ class Moments:
         third = self.third + q * shift + 2 * along + 2 * (s @ shift) * shift + d * s + n * d * shift
         fourth = self.fourth + 4 * shift @ along + n * d * d + 4 * self.third @ shift + 2 * d * q + 4 * d * (s @ shift)
         return third, fourth
+
+
+def merged(by_fold: Sequence[Moments], without: int | None = None) -> Moments:
+    """Moments of all folds together; optionally without one (a single fold is never left out)."""
+    total = Moments(by_fold[0].num_prompts, by_fold[0].width)
+    for k, part in enumerate(by_fold):
+        if k != without or len(by_fold) == 1:
+            total.merge(part)
+    return total

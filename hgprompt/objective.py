@@ -13,22 +13,20 @@ mixture, and is the same for every α and every source: with an intensity per so
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hgprompt.errors import DataError, OptionError, PromptError, StatisticsError
-from hgprompt.moments import Moments, class_sums
+from hgprompt.errors import DataError, OptionError, PromptError
+from hgprompt.mixture import FeatureMixture, MomentMixture, class_means, is_constant
 from hgprompt.simplex import Vector
 from hgprompt.statistics import EnsembleStatistics, check_labels
 
 Shrinkage = Literal["auto", "ledoit-wolf", "oas"] | float
-
-# Below this intensity, Woodbury's difference of two nearly equal matrices loses the digits that it saves time on.
-_WOODBURY_FROM = 1e-4
 
 
 def h_score(features: Tensor, labels: Tensor, *, shrinkage: Shrinkage = "auto") -> Tensor:
@@ -56,12 +54,12 @@ def h_score(features: Tensor, labels: Tensor, *, shrinkage: Shrinkage = "auto") 
     f = features.double()
     n, h = f.shape
     f = f - f.mean(0)
-    if _is_constant(f.detach(), features.detach()):
+    if is_constant(f.detach(), features.detach()):
         raise DataError("features are constant: they tell nothing about the labels")
     second = f.detach().T @ f.detach() / n
     a = resolve_intensity(shrinkage, n, second, f.detach().square().sum(1).square().sum())
     covariance = (1 - a) * (f.T @ f) / n + a * f.square().sum() / (n * h) * torch.eye(h, dtype=f.dtype, device=f.device)
-    r = _class_means(f[None], labels)[0]
+    r = class_means(f[None], labels)[0]
     if a > 0:
         return (1 - a) * (r * torch.linalg.solve(covariance, r.T).T).sum()
     return (r * (torch.linalg.pinv(covariance, hermitian=True, rtol=max(n, h) * 1e-15) @ r.T).T).sum()
@@ -138,6 +136,15 @@ def check_shrinkage(shrinkage: Shrinkage) -> None:
         raise OptionError(f"shrinkage must be 'auto', 'ledoit-wolf', 'oas' or a number in [0, 1), got {shrinkage!r}")
 
 
+class Score(Protocol):
+    """H as a function of α, with its gradient."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def __call__(self, weights: Vector, /) -> tuple[float, Vector]: ...
+
+
 class HScore:
     """H_a(α) of the mixed features Σα_i f_i, and its gradient, from the statistics of one pass.
 
@@ -160,26 +167,40 @@ class HScore:
         shrinkage: Shrinkage = "auto",
         without_fold: int | None = None,
     ) -> None:
-        source: _Features | _Moments
+        mixture: FeatureMixture | MomentMixture
         if statistics.keeps == "features":
-            source = _Features(*statistics.features_and_labels(without_fold))
+            mixture = FeatureMixture(*statistics.features_and_labels(without_fold))
         else:
-            source = _Moments(statistics.moments(without_fold))
-        self._source = source
-        self.num_images = source.n
-        self.num_classes = len(source.r[0])
+            mixture = MomentMixture(statistics.moments(without_fold))
+        self._statistics, self.mixture = statistics, mixture
+        self.num_images = mixture.n
+        self.num_classes = mixture.r.shape[1]
         if self.num_classes < 2:
-            raise DataError(f"an H-score needs at least two classes, got {self.num_classes} in {source.n} images")
-        if source.constant:
+            raise DataError(f"an H-score needs at least two classes, got {self.num_classes} in {mixture.n} images")
+        if mixture.constant:
             raise PromptError(
-                f"prompts {source.constant} give the same feature for every image: they carry nothing, or blow up "
+                f"prompts {mixture.constant} give the same feature for every image: they carry nothing, or blow up "
                 "the network; leave them out"
             )
-        self.intensity = resolve_intensity(shrinkage, source.n, *source.uniform())
+        self.intensity = resolve_intensity(shrinkage, mixture.n, *mixture.uniform())
+
+    def without_folds(self, weights: Vector) -> Iterator[tuple[float, Vector]]:
+        """α [M] → H and its gradient without the images of each fold in turn, at the same intensity."""
+        folds, a = self._statistics.folds, self.intensity
+        if isinstance(self.mixture, FeatureMixture):
+            found = self.mixture.without_folds(self._statistics.fold_of, folds, torch.from_numpy(weights), a)
+            yield from zip(found[0].tolist(), found[1].cpu().numpy(), strict=True)
+        else:
+            for k in range(folds):
+                yield HScore(self._statistics, shrinkage=a, without_fold=k)(weights)
+
+    def value(self, weights: Vector) -> float:
+        """α [M] → H alone."""
+        return self.mixture.discriminants(torch.from_numpy(weights), self.intensity)[0]
 
     def __call__(self, weights: Vector) -> tuple[float, Vector]:
         """α [M] → H and its gradient [M]. Any α but 0; the scale does not matter."""
-        value, gradient = self._source.value_and_gradient(torch.from_numpy(weights), self.intensity)
+        value, gradient = self.mixture.value_and_gradient(torch.from_numpy(weights), self.intensity)
         return value, gradient.cpu().numpy()
 
 
@@ -215,7 +236,7 @@ class Objective:
     Dividing by C-1, the largest value that H can take, makes one λ mean the same on 2 classes and on 100.
     """
 
-    h_score: HScore
+    h_score: Score
     alignment: Alignment | None
     lam: float
     normalize: bool = True
@@ -229,105 +250,3 @@ class Objective:
             loss, slope = self.alignment(weights)
             value, gradient = value + self.lam * loss, gradient + self.lam * slope
         return value, gradient
-
-
-class _Features:
-    """H from kept features. F [M, N, h] centred, r [M, C, h] = √π_c · (class mean), all float64."""
-
-    def __init__(self, features: Tensor, labels: Tensor) -> None:
-        self.f = features.double()
-        self.f = self.f - self.f.mean(1, keepdim=True)
-        self.n = features.shape[1]
-        if self.n == 0:
-            raise StatisticsError("no images are left")
-        self.constant = [i for i, f in enumerate(features) if _is_constant(self.f[i], f)]
-        self.r = _class_means(self.f, labels)
-
-    def uniform(self) -> tuple[Tensor, Tensor]:
-        mixed = self.f.mean(0)
-        return mixed.T @ mixed / self.n, mixed.square().sum(1).square().sum()
-
-    def value_and_gradient(self, weights: Tensor, a: float) -> tuple[float, Tensor]:
-        weights = weights.to(self.f.device)
-        f = torch.tensordot(weights, self.f, dims=1)
-        r = torch.tensordot(weights, self.r, dims=1)
-        n, h = f.shape
-        sigma = f.square().sum() / (n * h)
-        if n < h and a > _WOODBURY_FROM:
-            inner = (1 - a) * (f @ f.T)
-            inner.diagonal().add_(n * a * sigma)
-            correction = f.T @ torch.cholesky_solve(f @ r.T, torch.linalg.cholesky(inner))
-            z = (r.T - (1 - a) * correction) / (a * sigma)
-        else:
-            z = solve_regularized((1 - a) * (f.T @ f) / n, a * sigma, r.T, n)
-        value = (1 - a) * float((r.T * z).sum())
-        slope = -(1 - a) * (2 / n) * ((1 - a) * ((f @ z) @ z.T) + (a / h) * z.square().sum() * f)
-        gradient = torch.mv(self.f.flatten(1), slope.flatten())
-        return value, gradient + 2 * (1 - a) * torch.mv(self.r.flatten(1), z.T.flatten())
-
-
-class _Moments:
-    """H from moments: Σ(α) = Σ α_i α_j C_ij, with C_ij the h × h covariance of the features of prompts i and j."""
-
-    def __init__(self, moments: Moments) -> None:
-        if moments.count == 0:
-            raise StatisticsError("no images are left")
-        self.moments = moments
-        self.n = moments.count
-        self.mean = moments.sums / self.n
-        assert moments.centre is not None
-        magnitude = (moments.centre + self.mean).square().sum(1)
-        spread = torch.stack([row[:, 0].diagonal().sum() for row in moments.rows]) / self.n - self.mean.square().sum(1)
-        rounding = 2 * torch.finfo(torch.float32).eps
-        self.constant = torch.nonzero(spread <= rounding**2 * magnitude).flatten().tolist()
-        labels = sorted(moments.class_sums)
-        counts = torch.tensor([moments.class_counts[c] for c in labels], dtype=torch.float64, device=self.mean.device)
-        sums = torch.stack([moments.class_sums[c] for c in labels], dim=1)
-        means = sums / counts[:, None] - self.mean[:, None]
-        self.r = means * (counts / self.n).sqrt()[:, None]
-
-    def uniform(self) -> tuple[Tensor, Tensor]:
-        mean = self.mean.mean(0)
-        covariance = self.moments.mixed_second() / self.n - torch.outer(mean, mean)
-        return covariance, self.moments.shifted_fourth(-mean)[1]
-
-    def value_and_gradient(self, weights: Tensor, a: float) -> tuple[float, Tensor]:
-        weights = weights.to(self.mean.device)
-        mean, r = weights @ self.mean, torch.tensordot(weights, self.r, dims=1)
-        covariance = self.moments.quadratic(weights) / self.n - torch.outer(mean, mean)
-        h = len(covariance)
-        z = solve_regularized((1 - a) * covariance, a * covariance.trace() / h, r.T, self.n)
-        value = (1 - a) * float((r.T * z).sum())
-        slope = (1 - a) * z @ z.T
-        slope.diagonal().add_((a / h) * z.square().sum())
-        pairs = self.moments.inner(slope) / self.n - self.mean @ slope @ self.mean.T
-        gradient = -2 * (1 - a) * pairs @ weights
-        return value, gradient + 2 * (1 - a) * torch.mv(self.r.flatten(1), z.T.flatten())
-
-
-def solve_regularized(covariance: Tensor, ridge: Tensor, right: Tensor, n: int) -> Tensor:
-    """(covariance + ridge·I)⁻¹ right; the pseudo-inverse where that is singular (Eq. 5 to the letter)."""
-    matrix = covariance.clone()
-    matrix.diagonal().add_(ridge)
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    diagonal = factor.diagonal()
-    if int(info) == 0 and float(diagonal.min()) > 1e-6 * float(diagonal.max()):
-        return torch.cholesky_solve(right, factor)
-    values, vectors = torch.linalg.eigh(matrix)
-    cutoff = max(n, len(matrix)) * torch.finfo(matrix.dtype).eps * values[-1]
-    inverse = torch.where(values > cutoff, 1 / values.clamp_min(1e-300), torch.zeros_like(values))
-    return (vectors * inverse) @ (vectors.T @ right)
-
-
-def _class_means(centred: Tensor, labels: Tensor) -> Tensor:
-    """√π_c · (mean of class c), [M, C, h], of centred features [M, N, h]; classes in ascending order."""
-    classes, index = labels.unique(return_inverse=True)
-    sums = class_sums(centred, index, len(classes))
-    counts = index.bincount(minlength=len(classes)).to(centred)
-    return sums / (counts * centred.shape[1]).sqrt()[:, None]
-
-
-def _is_constant(centred: Tensor, features: Tensor) -> bool:
-    """Spread no larger than the rounding of features that are all the same in their dtype."""
-    rounding = 2 * torch.finfo(features.dtype).eps
-    return bool(centred.square().sum() <= rounding**2 * features.double().square().sum())

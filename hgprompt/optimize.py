@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hgprompt import simplex
 from hgprompt.errors import OptionError
-from hgprompt.objective import Alignment, HScore, Objective, Shrinkage, check_shrinkage
-from hgprompt.simplex import Minimum, Vector
+from hgprompt.objective import Alignment, HScore, Objective, Score, Shrinkage, check_shrinkage
+from hgprompt.reduced_basis import ReducedHScore
+from hgprompt.simplex import Function, Minimum, Vector
 from hgprompt.statistics import EnsembleStatistics
 
 logger = logging.getLogger(__name__)
@@ -22,6 +25,9 @@ logger = logging.getLogger(__name__)
 Solver = Literal["quasi-newton", "exponentiated-gradient", "projected-gradient"]
 MAX_LAM = 1e9
 """Beyond, the H-score is lost in the rounding of the alignment loss: that is uniform weights, at no cost."""
+_ROUNDS = 50
+_SAME = 0.02  # local minima nearer than this (L1) count as one
+_JACKKNIFE_STARTS = 3
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class Diagnostics:
         gap: Frank–Wolfe gap of the objective at the weights. converged: the gap reached the tolerance.
         intensity: shrinkage intensity of the covariance.
         source_h_scores: H of each prompt alone [M]. uniform_h_score: H at uniform weights.
-        start_objectives: value reached from each start, ascending. evaluations: of the objective, over all starts.
+        start_objectives: value reached from each start, ascending. local_minima: the distinct points reached [S, M],
+            best first. evaluations: of the whole H-score, in all.
     """
 
     objective: float
@@ -45,6 +52,7 @@ class Diagnostics:
     source_h_scores: Tensor
     uniform_h_score: float
     start_objectives: tuple[float, ...]
+    local_minima: Tensor
     evaluations: int
 
 
@@ -89,79 +97,295 @@ def optimize_weights(
         DataError, PromptError: statistics that no H-score can be computed from. OptionError: bad arguments.
     """
     check_options(lam=lam, shrinkage=shrinkage, solver=solver, starts=starts)
-    size = statistics.num_prompts
-    if gram is not None and tuple(gram.shape) != (size, size):
-        raise OptionError(f"gram must be [{size}, {size}] for {size} prompts, got {list(gram.shape)}")
-    objective = Objective(
-        HScore(statistics, shrinkage=shrinkage),
-        None if gram is None else Alignment(_array(gram)),
-        lam,
-        normalize,
-    )
-    points = simplex.starting_points(objective, size, starts, seed)
-    minima = sorted(
-        (_minimize(objective, point, solver, tolerance, max_steps, learning_rate) for point in points),
-        key=lambda m: m.value,
-    )
-    best = minima[0]
-    if not best.converged and solver != "projected-gradient":
-        logger.warning("α stopped at a gap of %.2g, above the tolerance of %.2g", best.gap, tolerance)
-    h = objective.h_score
-    diagnostics = Diagnostics(
-        objective=best.value,
-        h_score=h(best.weights)[0],
-        alignment_loss=float("nan") if objective.alignment is None else objective.alignment(best.weights)[0],
-        gap=best.gap,
-        converged=best.converged,
-        intensity=h.intensity,
-        source_h_scores=torch.tensor([h(vertex)[0] for vertex in np.eye(size)], dtype=torch.float64),
-        uniform_h_score=h(np.full(size, 1 / size))[0],
-        start_objectives=tuple(m.value for m in minima),
-        evaluations=sum(m.evaluations for m in minima),
-    )
-    return Solution(torch.from_numpy(best.weights.copy()), diagnostics)
+    problem = WeightProblem(
+        statistics, gram, shrinkage=shrinkage, normalize=normalize, tolerance=tolerance, max_steps=max_steps,
+        starts=starts, seed=seed,
+    )  # fmt: skip
+    return problem.solve(lam, solver=solver, learning_rate=learning_rate)
 
 
-def jackknife_std(
-    statistics: EnsembleStatistics,
-    solution: Solution,
-    fold_grams: Sequence[Tensor] | None,
-    *,
-    lam: float,
-    normalize: bool = True,
-    solver: Solver = "quasi-newton",
-    tolerance: float = 1e-6,
-    max_steps: int = 200,
-    learning_rate: float = 0.005,
-) -> Tensor:
-    """Standard error of α [M] by the delete-one-group jackknife over the folds of the statistics.
+class WeightProblem:
+    """All about α that one pass can answer: any λ, paths over λ, ablations, pools with a prompt left out, errors.
 
-    Each fold is left out in turn and the problem solved again from the solution (by projected gradient: from uniform,
-    as Algorithm 1 starts), with the same intensity. What is measured is the sampling of the images around this local
-    minimum; another minimum elsewhere stays unseen.
+    What the questions have in common is computed once: the H-score of each prompt, and a reduced basis
+    (`hgprompt.reduced_basis`) in which all minimisations run; each answer is checked against the whole objective.
 
     Args:
-        statistics: with at least two folds, else the result is NaN.
-        solution: of the whole data.
-        fold_grams: the Gram matrix without fold k, for every k; None: the H-score alone.
-        lam, normalize, solver, tolerance, max_steps, learning_rate: as for `optimize_weights`.
+        statistics, gram, shrinkage, normalize, starts, tolerance, max_steps, seed: as for `optimize_weights`.
     """
-    folds, start = statistics.folds, solution.weights.numpy()
-    if folds < 2 or statistics.num_images < 2 * folds:
-        return torch.full((len(start),), float("nan"), dtype=torch.float64)
-    if solver == "projected-gradient":
-        start = np.full(len(start), 1 / len(start))
-    weights = []
-    for k in range(folds):
-        objective = Objective(
-            HScore(statistics, shrinkage=solution.diagnostics.intensity, without_fold=k),
-            None if fold_grams is None else Alignment(_array(fold_grams[k])),
-            lam,
-            normalize,
+
+    def __init__(
+        self,
+        statistics: EnsembleStatistics,
+        gram: Tensor | None = None,
+        *,
+        shrinkage: Shrinkage = "auto",
+        normalize: bool = True,
+        starts: int = 8,
+        tolerance: float = 1e-6,
+        max_steps: int = 200,
+        seed: int = 0,
+    ) -> None:
+        check_options(lam=0.0, shrinkage=shrinkage, solver="quasi-newton", starts=starts)
+        size = statistics.num_prompts
+        if gram is not None and tuple(gram.shape) != (size, size):
+            raise OptionError(f"gram must be [{size}, {size}] for {size} prompts, got {list(gram.shape)}")
+        self.statistics, self.size, self.normalize = statistics, size, normalize
+        self.starts, self.tolerance, self.max_steps, self.seed = starts, tolerance, max_steps, seed
+        self.score = HScore(statistics, shrinkage=shrinkage)
+        self.alignment = None if gram is None else Alignment(_array(gram))
+        self._reduced: ReducedHScore | None = None
+        capacity = ReducedHScore.capacity_for(self.score)
+        uniform, vertices = np.full(size, 1 / size), np.eye(size)
+        if capacity:
+            self._reduced = ReducedHScore(self.score, capacity)
+            values = self._reduced.show(uniform, besides=list(vertices))
+        else:
+            values = [self.score.value(p) for p in (uniform, *vertices)]
+        self.uniform_h_score = values[0]
+        self.source_h_scores = torch.tensor(values[1:], dtype=torch.float64)
+
+    def solve(self, lam: float, *, solver: Solver = "quasi-newton", learning_rate: float = 0.005) -> Solution:
+        """The best of several starts for one λ; arguments as for `optimize_weights`."""
+        check_options(lam=lam, shrinkage=0.0, solver=solver, starts=self.starts)
+        return self._solve(lam, self._everyone, solver=solver, learning_rate=learning_rate)
+
+    def path(self, lams: Sequence[float]) -> list[Solution]:
+        """Solutions along λ, in the order given. The largest λ is solved first, where the problem is closest to
+        convex; each solution is one more start for the next."""
+        found: dict[float, Solution] = {}
+        warm: list[Vector] = []
+        for lam in sorted(set(lams), reverse=True):
+            check_options(lam=lam, shrinkage=0.0, solver="quasi-newton", starts=self.starts)
+            found[lam] = self._solve(lam, self._everyone, warm=warm)
+            warm = [found[lam].weights.numpy()]
+        return [found[lam] for lam in lams]
+
+    def ablations(self, lam: float) -> dict[str, Solution]:
+        """The rows of the paper's Table 2: "h_score" alone, "alignment" alone, "both".
+
+        Alignment alone is least at uniform weights, whatever the gradients (see `alignment_loss`): no search is needed.
+
+        Raises:
+            OptionError: there are no gradients.
+        """
+        if self.alignment is None:
+            raise OptionError("ablations need the Gram matrix of the gradients: pass gram")
+        uniform = np.full(self.size, 1 / self.size)
+        loss, slope = self.alignment(uniform)
+        gap = simplex.frank_wolfe_gap(uniform, slope)
+        aligned = Minimum(uniform, loss, gap, 0, 1, gap <= self.tolerance)
+        return {
+            "h_score": self.solve(0.0),
+            "alignment": self._solution([aligned], self.alignment, evaluations=0),
+            "both": self.solve(lam),
+        }
+
+    def leave_one_out(self, lam: float) -> list[Solution]:
+        """For every prompt, the solution for the pool without it; weights [M] with 0 in its place.
+
+        The shrinkage intensity stays that of the whole pool, so that H compares between the pools.
+
+        Raises:
+            OptionError: there is a single prompt.
+        """
+        if self.size < 2:
+            raise OptionError("a pool of one prompt has none to leave out")
+        warm = [self.solve(lam).weights.numpy()]
+        return [self._solve(lam, np.delete(self._everyone, i), warm=warm) for i in range(self.size)]
+
+    def jackknife(
+        self,
+        solution: Solution,
+        fold_grams: Sequence[Tensor] | None,
+        lam: float,
+        *,
+        solver: Solver = "quasi-newton",
+        learning_rate: float = 0.005,
+    ) -> Tensor:
+        """Weights [folds, M] with each fold of the images left out, at the intensity of the whole.
+
+        A fold's objective is taken to differ from the whole one by what its value and gradient differ by at the best
+        local minima of the whole: what is neglected is of second order in the difference that a fold makes. By
+        projected gradient, each fold's own objective is minimised from uniform weights, as Algorithm 1 starts.
+
+        Args:
+            solution: of `solve`, for the same λ.
+            fold_grams: the Gram matrix without fold k, for every k; None: the H-score alone.
+            lam, solver, learning_rate: as for `solve`.
+
+        Returns:
+            NaN where there are fewer than two folds, or fewer than two images to a fold.
+        """
+        folds = self.statistics.folds
+        if folds < 2 or self.statistics.num_images < 2 * folds:
+            return torch.full((folds, self.size), torch.nan, dtype=torch.float64)
+        alignments = [None if fold_grams is None else Alignment(_array(fold_grams[k])) for k in range(folds)]
+        if solver == "projected-gradient":
+            scores = (HScore(self.statistics, shrinkage=self.score.intensity, without_fold=k) for k in range(folds))
+            uniform = np.full(self.size, 1 / self.size)
+            found = [
+                self._minimize(Objective(s, l, lam, self.normalize), uniform, solver, learning_rate)
+                for s, l in zip(scores, alignments, strict=True)
+            ]
+            return torch.from_numpy(np.stack([m.weights for m in found]))
+        whole = Objective(self._reduced or self.score, self.alignment, lam, self.normalize)
+        best = [(np.inf, np.zeros(self.size)) for _ in range(folds)]
+        for minimum in solution.diagnostics.local_minima[:_JACKKNIFE_STARTS].numpy():
+            value, gradient = whole(minimum)
+            for k, found_k in enumerate(self.score.without_folds(minimum)):
+                known = _Known(self.score.num_classes, *found_k)
+                value_k, gradient_k = Objective(known, alignments[k], lam, self.normalize)(minimum)
+                tilted = _Tilted(whole, minimum, value_k - value, gradient_k - gradient)
+                reached = self._minimize(tilted, minimum, solver)
+                best[k] = min(best[k], (reached.value, reached.weights), key=lambda pair: pair[0])
+        return torch.from_numpy(np.stack([weights for _, weights in best]))
+
+    @property
+    def _everyone(self) -> NDArray[np.int64]:
+        return np.arange(self.size)
+
+    def _solve(
+        self,
+        lam: float,
+        pool: NDArray[np.int64],
+        *,
+        solver: Solver = "quasi-newton",
+        learning_rate: float = 0.005,
+        warm: Sequence[Vector] = (),
+    ) -> Solution:
+        """Minimise over the prompts of a pool; the others have no weight."""
+        alignment = self.alignment
+        if alignment is not None and len(pool) < self.size:
+            alignment = Alignment(alignment.gram[np.ix_(pool, pool)])
+        reduced = self._reduced if solver == "quasi-newton" else None
+        score = _PoolScore(reduced or self.score, pool, self.size)
+        function = Objective(score, alignment, lam, self.normalize)
+        starts = simplex.starting_points(function, len(pool), self.starts, self.seed)
+        starts += [simplex.project(w[pool]) for w in warm]
+        minima = [self._minimize(function, start, solver, learning_rate) for start in starts]
+        if reduced is None:
+            evaluations = sum(m.evaluations for m in minima)
+        else:
+            before = reduced.evaluations
+            minima = self._touch_down(function, minima, reduced, score)
+            evaluations = reduced.evaluations - before
+        minima = [dataclasses.replace(m, weights=score.on_all(m.weights)) for m in minima]
+        solution = self._solution(minima, alignment, evaluations, pool)
+        found = solution.diagnostics
+        if not found.converged and solver != "projected-gradient":
+            logger.warning("α stopped at a gap of %.2g, above the tolerance of %.2g", found.gap, self.tolerance)
+        return solution
+
+    def _touch_down(
+        self, function: Objective, minima: Sequence[Minimum], reduced: ReducedHScore, score: _PoolScore
+    ) -> list[Minimum]:
+        """Minima of the confined objective → minima of the whole one: show it the points found and go on from there,
+        until the gap there, which is then the whole objective's own, is small enough."""
+        leaders, leader_of = _distinct([m.weights for m in minima])
+        points = [minima[k].weights for k in leaders]
+        reached: dict[int, Minimum] = {}
+        for rounds in range(1, _ROUNDS + 1):
+            unfinished = [k for k in range(len(points)) if k not in reached]
+            for at in range(0, len(unfinished), reduced.points_at_once):
+                some = unfinished[at : at + reduced.points_at_once]
+                reduced.show(*(score.on_all(points[k]) for k in some))
+                for k in some:
+                    value, gradient = function(points[k])
+                    gap = simplex.frank_wolfe_gap(points[k], gradient)
+                    here = Minimum(points[k], value, gap, rounds, rounds, gap <= self.tolerance)
+                    further = here if here.converged else self._minimize(function, points[k])
+                    if further.value >= value or rounds == _ROUNDS:  # converged, or out of float64's digits
+                        reached[k] = here
+                    else:
+                        points[k] = further.weights
+        return [reached[k] for k in leader_of]
+
+    def _minimize(
+        self, function: Function, start: Vector, solver: Solver = "quasi-newton", learning_rate: float = 0.0
+    ) -> Minimum:
+        if solver == "projected-gradient":
+            return simplex.projected_gradient(function, start, learning_rate=learning_rate, steps=self.max_steps)
+        if solver == "exponentiated-gradient":
+            steps = 10 * self.max_steps
+            return simplex.exponentiated_gradient(function, start, tolerance=self.tolerance, max_steps=steps)
+        return simplex.quasi_newton(function, start, tolerance=self.tolerance, max_steps=self.max_steps)
+
+    def _solution(
+        self,
+        minima: Sequence[Minimum],
+        alignment: Alignment | None,
+        evaluations: int,
+        pool: NDArray[np.int64] | None = None,
+    ) -> Solution:
+        minima = sorted(minima, key=lambda m: m.value)
+        best = minima[0]
+        inside = best.weights if pool is None else best.weights[pool]
+        distinct = [minima[k].weights for k in _distinct([m.weights for m in minima])[0]]
+        diagnostics = Diagnostics(
+            objective=best.value,
+            h_score=self.score.value(best.weights),
+            alignment_loss=float("nan") if alignment is None else alignment(inside)[0],
+            gap=best.gap,
+            converged=best.converged,
+            intensity=self.score.intensity,
+            source_h_scores=self.source_h_scores,
+            uniform_h_score=self.uniform_h_score,
+            start_objectives=tuple(m.value for m in minima),
+            local_minima=torch.from_numpy(np.stack(distinct)),
+            evaluations=evaluations,
         )
-        weights.append(_minimize(objective, start, solver, tolerance, max_steps, learning_rate).weights)
-    spread = np.var(np.stack(weights), axis=0)
-    return torch.from_numpy(np.sqrt((folds - 1) * spread))
+        return Solution(torch.from_numpy(best.weights.copy()), diagnostics)
+
+
+class _PoolScore:
+    """An H-score as a function of the weights of some prompts; the others have none."""
+
+    def __init__(self, score: Score, pool: NDArray[np.int64], size: int) -> None:
+        self.score, self.pool, self.size = score, pool, size
+        self.num_classes = score.num_classes
+
+    def on_all(self, weights: Vector) -> Vector:
+        """Weights of the pool's prompts → of all, [M]."""
+        point = np.zeros(self.size)
+        point[self.pool] = weights
+        return point
+
+    def __call__(self, weights: Vector) -> tuple[float, Vector]:
+        value, gradient = self.score(self.on_all(weights))
+        return value, gradient[self.pool]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """An H-score that was evaluated already, at the one place where it will be asked for."""
+
+    num_classes: int
+    value: float
+    gradient: Vector
+
+    def __call__(self, weights: Vector) -> tuple[float, Vector]:
+        return self.value, self.gradient
+
+
+@dataclass(frozen=True)
+class _Tilted:
+    """A function plus a linear one that is known at a point."""
+
+    function: Function
+    point: Vector
+    value: float
+    gradient: Vector
+
+    def __call__(self, weights: Vector) -> tuple[float, Vector]:
+        value, gradient = self.function(weights)
+        return value + self.value + float(self.gradient @ (weights - self.point)), gradient + self.gradient
+
+
+def jackknife_std(weights_without_fold: Tensor) -> Tensor:
+    """Standard error of α [M] by the delete-one-group jackknife, from `WeightProblem.jackknife` [folds, M]."""
+    folds = len(weights_without_fold)
+    return ((folds - 1) * weights_without_fold.var(dim=0, correction=0)).sqrt()
 
 
 def check_options(*, lam: float, shrinkage: Shrinkage, solver: Solver, starts: int) -> None:
@@ -177,19 +401,16 @@ def check_options(*, lam: float, shrinkage: Shrinkage, solver: Solver, starts: i
         raise OptionError(f"starts must be at least 1, got {starts}")
 
 
-def _minimize(
-    objective: Objective,
-    start: Vector,
-    solver: Solver,
-    tolerance: float,
-    max_steps: int,
-    learning_rate: float,
-) -> Minimum:
-    if solver == "projected-gradient":
-        return simplex.projected_gradient(objective, start, learning_rate=learning_rate, steps=max_steps)
-    if solver == "exponentiated-gradient":
-        return simplex.exponentiated_gradient(objective, start, tolerance=tolerance, max_steps=10 * max_steps)
-    return simplex.quasi_newton(objective, start, tolerance=tolerance, max_steps=max_steps)
+def _distinct(points: Sequence[Vector]) -> tuple[list[int], list[int]]:
+    """The first of every group of points that lie together; and for each point, which of the groups is its own."""
+    leaders: list[int] = []
+    leader_of = []
+    for k, point in enumerate(points):
+        near = [g for g, j in enumerate(leaders) if np.abs(points[j] - point).sum() < _SAME]
+        if not near:
+            leaders.append(k)
+        leader_of.append(near[0] if near else len(leaders) - 1)
+    return leaders, leader_of
 
 
 def _array(tensor: Tensor) -> Vector:

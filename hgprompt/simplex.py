@@ -61,7 +61,7 @@ def quasi_newton(function: Function, start: Vector, *, tolerance: float = 1e-6, 
         gap = frank_wolfe_gap(weights, gradient)
         if gap <= tolerance or step == max_steps:
             return Minimum(weights, value, gap, step, evaluations, gap <= tolerance)
-        target = _minimize_model(model, gradient, weights)
+        target = minimize_quadratic(model, gradient - model @ weights, weights)
         direction = target - weights
         slope = float(gradient @ direction)
         length = 1.0
@@ -144,24 +144,43 @@ def starting_points(function: Function, size: int, count: int, seed: int) -> lis
     return starts
 
 
-def _minimize_model(model: NDArray[np.float64], gradient: Vector, weights: Vector) -> Vector:
-    """argmin over the simplex of ⟨g, t − α⟩ + ½ (t − α)ᵀ B (t − α), by accelerated projected gradient with restarts."""
-    rate = 1 / float(np.linalg.eigvalsh(model)[-1])
-    point = momentum = weights
-    age = 1.0
-    for _ in range(1000):
-        slope = gradient + model @ (momentum - weights)
-        new = project(momentum - rate * slope)
-        if (momentum - new) @ (new - point) > 0:  # momentum points uphill: forget it
-            age, momentum = 1.0, point
+def minimize_quadratic(matrix: NDArray[np.float64], linear: Vector, start: Vector) -> Vector:
+    """argmin over the simplex of ½ tᵀBt + cᵀt with a positive definite B, exactly: a primal active-set method
+    (Nocedal & Wright, chapter 16), after a few steps of projected gradient that find most of the support.
+
+    Args:
+        matrix: B [M, M]. linear: c [M]. start: a point of the simplex.
+    """
+    point = start
+    rate = 1 / max(float(np.linalg.norm(matrix, np.inf)), 1e-300)  # at least the largest eigenvalue
+    for _ in range(10):
+        point = project(point - rate * (linear + matrix @ point))
+    free = point > 0
+    for _ in range(20 * len(point) + 20):
+        target = np.zeros_like(point)
+        target[free], multiplier = _on_face(matrix[np.ix_(free, free)], linear[free])
+        blocked = target < 0
+        if blocked.any():  # go as far as the simplex reaches; what hits its border leaves the support
+            lengths = np.where(blocked, point / np.where(blocked, point - target, 1), np.inf)
+            point = np.maximum(point + lengths.min() * (target - point), 0)
+            point[lengths <= lengths.min()] = 0
+            free = point > 0
             continue
-        new_age = (1 + np.sqrt(1 + 4 * age * age)) / 2
-        momentum = new + (age - 1) / new_age * (new - point)
-        moved = float(np.abs(new - point).max())
-        point, age = new, new_age
-        if moved < 1e-14:
+        point = target
+        slopes = linear + matrix @ point - multiplier
+        entering = int(np.argmin(np.where(free, np.inf, slopes)))
+        if free.all() or slopes[entering] >= -1e-12 * (np.abs(linear).max() + abs(multiplier)):
             break
-    return point
+        free[entering] = True
+    return np.asarray(point / point.sum())
+
+
+def _on_face(matrix: NDArray[np.float64], linear: Vector) -> tuple[Vector, float]:
+    """argmin of ½ tᵀBt + cᵀt with Σt = 1 and the multiplier of that constraint: Bt + c = multiplier."""
+    solved = np.linalg.solve(matrix, np.stack([np.ones_like(linear), linear], axis=1))
+    ones, rest = solved[:, 0], solved[:, 1]
+    multiplier = (1 + rest.sum()) / ones.sum()
+    return multiplier * ones - rest, float(multiplier)
 
 
 def _update_model(model: NDArray[np.float64], step: Vector, change: Vector) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hgprompt.errors import DataError, OptionError, StatisticsError
-from hgprompt.moments import Moments
+from hgprompt.moments import Moments, merged, mixed
 
 logger = logging.getLogger(__name__)
 
@@ -257,11 +257,18 @@ class EnsembleStatistics:
         if self._moments is not None:
             raise StatisticsError("features are no longer kept: moments took their place (keep='features' keeps them)")
         self._require_shape()
-        features, labels = torch.cat(self._features, dim=1), torch.cat(self._labels)
+        self._join_batches()
+        features, labels = self._features[0], self._labels[0]
         if without_fold is not None:
-            chosen = torch.cat(self._fold_of) != without_fold
+            chosen = self._fold_of[0] != without_fold
             features, labels = features[:, chosen.to(features.device)], labels[chosen]
         return features, labels
+
+    @property
+    def fold_of(self) -> Tensor:
+        """Fold of each image of `features_and_labels` [N]."""
+        self._join_batches()
+        return self._fold_of[0]
 
     def moments(self, without_fold: int | None = None) -> Moments:
         """Moments of all images, optionally without one fold (a new object, whatever is kept)."""
@@ -269,11 +276,7 @@ class EnsembleStatistics:
             moments = Moments(*self._require_shape())
             moments.update(*self.features_and_labels(without_fold))
             return moments
-        chosen = [m for k, m in enumerate(self._moments) if k != without_fold and m.count]
-        merged = Moments(*self._require_shape())
-        for part in chosen:
-            merged.merge(part)
-        return merged
+        return merged(self._moments, without_fold)
 
     def prompt_moments(self, prompt: int) -> list[Moments]:
         """Moments of one prompt's features alone, fold by fold."""
@@ -281,17 +284,28 @@ class EnsembleStatistics:
             return [m.of_prompt(prompt) for m in self._moments]
         return self._fold_moments(lambda f: f[prompt : prompt + 1])
 
-    def mixture_moments(self) -> list[Moments]:
-        """Moments of the uniform mixture of the prompts' features, fold by fold."""
+    def mixture_moments(self, weights: Tensor | None = None) -> list[Moments]:
+        """Moments of the mixture Σ α_i f_i (None: the uniform one), fold by fold."""
         if self._moments is not None:
-            return [m.of_mixture() for m in self._moments]
-        return self._fold_moments(lambda f: f.double().mean(0, keepdim=True))
+            return [m.of_mixture(weights) for m in self._moments]
+        if weights is None:
+            return self._fold_moments(lambda f: f.double().mean(0, keepdim=True))
+        return self._fold_moments(lambda f: mixed(f, weights)[None])
 
     def _fold_moments(self, select: Callable[[Tensor], Tensor]) -> list[Moments]:
-        moments = [Moments(1, self.width) for _ in range(self.folds)]
+        self._join_batches()
+        moments: list[Moments] = []
         for features, labels, fold_of in zip(self._features, self._labels, self._fold_of, strict=True):
-            _add_by_fold(moments, select(features), labels, fold_of)
+            selected = select(features)
+            moments = moments or [Moments(len(selected), selected.shape[2]) for _ in range(self.folds)]
+            _add_by_fold(moments, selected, labels, fold_of)
         return moments
+
+    def _join_batches(self) -> None:
+        """One long batch instead of many short ones."""
+        if len(self._features) > 1:
+            self._features = [torch.cat(self._features, dim=1)]
+            self._labels, self._fold_of = [torch.cat(self._labels)], [torch.cat(self._fold_of)]
 
     def _require_shape(self) -> tuple[int, int]:
         self._finite.finish()

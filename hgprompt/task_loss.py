@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hgprompt.errors import DataError, OptionError
-from hgprompt.moments import Moments
-from hgprompt.objective import resolve_intensity, solve_regularized
+from hgprompt.mixture import solve_regularized
+from hgprompt.moments import Moments, merged
+from hgprompt.objective import resolve_intensity
 from hgprompt.statistics import EnsembleStatistics
 
 # features [b, h] -> logits [b, C], differentiable
@@ -91,13 +92,13 @@ def fit_heads(kind: FittedHead, statistics: EnsembleStatistics, *, device: torch
     heads: list[list[tuple[Tensor, Tensor, Tensor]]] = []
     if kind == "shared-lda":
         by_fold = statistics.mixture_moments()
-        heads = [[_lda(_without(by_fold, k), intensity)] * m for k in range(statistics.folds)]
+        heads = [[_lda(merged(by_fold, without=k), intensity)] * m for k in range(statistics.folds)]
     else:
         heads = [[] for _ in range(statistics.folds)]
         for i in range(m):
             by_fold = statistics.prompt_moments(i)
             for k in range(statistics.folds):
-                heads[k].append(_lda(_without(by_fold, k), 1.0 if kind == "centroid" else intensity))
+                heads[k].append(_lda(merged(by_fold, without=k), 1.0 if kind == "centroid" else intensity))
     dtype = torch.float64 if statistics.dtype == torch.float64 else torch.float32
     return [
         LinearHeads(
@@ -158,9 +159,7 @@ def held_out_logits(
 
 def lda_intensity(statistics: EnsembleStatistics) -> float:
     """Ledoit–Wolf intensity of the uniform mixture: one for all prompts, whatever the H-score is shrunk with."""
-    moments = Moments(1, statistics.width)
-    for part in statistics.mixture_moments():
-        moments.merge(part)
+    moments = merged(statistics.mixture_moments())
     mean = moments.sums[0] / moments.count
     covariance = moments.mixed_second() / moments.count - torch.outer(mean, mean)
     return resolve_intensity("ledoit-wolf", moments.count, covariance, moments.shifted_fourth(-mean)[1])
@@ -216,11 +215,3 @@ def _lda(moments: Moments, intensity: float) -> tuple[Tensor, Tensor, Tensor]:
     weight = solve_regularized((1 - intensity) * within, ridge, means.T, n).T
     bias = priors.log() - 0.5 * (means * weight).sum(1) - weight @ (moments.centre[0] + mean)
     return weight, bias, torch.tensor(classes)
-
-
-def _without(by_fold: Sequence[Moments], fold: int) -> Moments:
-    merged = Moments(by_fold[0].num_prompts, by_fold[0].width)
-    for k, part in enumerate(by_fold):
-        if k != fold or len(by_fold) == 1:
-            merged.merge(part)
-    return merged

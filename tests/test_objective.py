@@ -8,32 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import check_grad, minimize
+from problems import data, statistics_of
+from scipy.optimize import check_grad
 
 from hgprompt.errors import DataError, OptionError, PromptError
-from hgprompt.objective import Alignment, HScore, Objective, alignment_loss, gram_of, h_score
-from hgprompt.optimize import jackknife_std, optimize_weights
-from hgprompt.statistics import EnsembleStatistics
-
-
-def _data(n, m, h, c, seed=0, signal=0.7):
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, c, n)
-    labels[:c] = np.arange(c)
-    features = rng.standard_normal((m, n, h)) + signal * rng.standard_normal((m, c, h))[:, labels]
-    return torch.from_numpy(features), torch.from_numpy(labels)
-
-
-def _statistics(features, labels, keep="features", folds=1):
-    statistics = EnsembleStatistics(keep=keep, folds=folds)
-    statistics.update(features, labels)
-    return statistics
-
-
-def _gram(m, seed=0, shared=1.0):
-    rng = np.random.default_rng(seed)
-    return gram_of(torch.from_numpy(rng.standard_normal((m, 30)) + shared * rng.standard_normal(30)))
-
+from hgprompt.objective import Alignment, HScore, alignment_loss, gram_of, h_score
 
 SHAPES = [(50, 3, 6, 4), (12, 4, 30, 3), (7, 2, 6, 2), (300, 5, 10, 7)]
 
@@ -41,11 +20,11 @@ SHAPES = [(50, 3, 6, 4), (12, 4, 30, 3), (7, 2, 6, 2), (300, 5, 10, 7)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("intensity", [0.0, 1e-6, 0.05, 0.7])
 def test_h_score_is_equation_5(shape, intensity):
-    features, labels = _data(*shape)
+    features, labels = data(*shape)
     expected = literal.h_score(features[0].numpy(), labels.numpy(), intensity)
     assert float(h_score(features[0], labels, shrinkage=intensity)) == pytest.approx(expected, rel=1e-7)
     for keep in ("features", "moments"):
-        value, _ = HScore(_statistics(features, labels, keep), shrinkage=intensity)(np.eye(shape[1])[0])
+        value, _ = HScore(statistics_of(features, labels, keep), shrinkage=intensity)(np.eye(shape[1])[0])
         assert value == pytest.approx(expected, rel=1e-7)
 
 
@@ -53,7 +32,7 @@ def test_h_score_is_equation_5(shape, intensity):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("intensity", [1e-6, 0.05, 0.7])
 def test_gradient_of_h_against_finite_differences(shape, intensity, keep):
-    score = HScore(_statistics(*_data(*shape), keep=keep), shrinkage=intensity)
+    score = HScore(statistics_of(*data(*shape), keep=keep), shrinkage=intensity)
     for weights in np.random.default_rng(0).dirichlet(np.ones(shape[1]), size=3):
         # Central differences of a smooth function: error about the square of SciPy's step, 1e-8 relative at best.
         error = check_grad(lambda a: score(a)[0], lambda a: score(a)[1], weights, epsilon=1e-7)
@@ -62,14 +41,14 @@ def test_gradient_of_h_against_finite_differences(shape, intensity, keep):
 
 
 def test_gradient_of_the_literal_score():
-    score = HScore(_statistics(*_data(60, 3, 6, 4)), shrinkage=0.0)
+    score = HScore(statistics_of(*data(60, 3, 6, 4)), shrinkage=0.0)
     weights = np.array([0.2, 0.5, 0.3])
     assert check_grad(lambda a: score(a)[0], lambda a: score(a)[1], weights, epsilon=1e-7) < 1e-4
 
 
 @pytest.mark.parametrize("keep", ["features", "moments"])
 def test_literal_score_saturates(keep):
-    score = HScore(_statistics(*_data(20, 3, 19, 4), keep=keep), shrinkage=0.0)  # N - 1 = h
+    score = HScore(statistics_of(*data(20, 3, 19, 4), keep=keep), shrinkage=0.0)  # N - 1 = h
     for weights in np.random.default_rng(0).dirichlet(np.ones(3), size=4):
         value, gradient = score(weights)
         assert value == pytest.approx(3, abs=1e-6)
@@ -96,7 +75,7 @@ def test_pure_noise():
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10**6), st.integers(2, 6), st.integers(8, 80), st.integers(2, 20), st.floats(0, 0.99))
 def test_bounds_and_invariances(seed, c, n, h, intensity):
-    features, labels = _data(max(n, c + 1), 1, h, c, seed=seed)
+    features, labels = data(max(n, c + 1), 1, h, c, seed=seed)
     value = float(h_score(features[0], labels, shrinkage=intensity))
     assert -1e-9 <= value <= c - 1 + 1e-6
     rotation = torch.linalg.qr(
@@ -107,14 +86,14 @@ def test_bounds_and_invariances(seed, c, n, h, intensity):
 
 
 def test_literal_score_is_invariant_to_invertible_maps():
-    features, labels = _data(80, 1, 6, 3)
+    features, labels = data(80, 1, 6, 3)
     matrix = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     before, after = (float(h_score(f, labels, shrinkage=0.0)) for f in (features[0], features[0] @ matrix + 1))
     assert after == pytest.approx(before, rel=1e-7)
 
 
 def test_ledoit_wolf_and_oas_by_definition():
-    features, labels = _data(40, 3, 12, 4)
+    features, labels = data(40, 3, 12, 4)
     f = features.mean(0)
     f = (f - f.mean(0)).numpy()
     n, h = f.shape
@@ -126,7 +105,7 @@ def test_ledoit_wolf_and_oas_by_definition():
     oas = ((1 - 2 / h) * second + first) / ((n + 1 - 2 / h) * (second - first / h))
     oas_as_implemented = (second / h**2 + mu**2) / ((n + 1) * (second / h**2 - mu**2 / h))
     for keep in ("features", "moments"):
-        statistics = _statistics(features, labels, keep)
+        statistics = statistics_of(features, labels, keep)
         assert HScore(statistics, shrinkage="ledoit-wolf").intensity == pytest.approx(ledoit_wolf, rel=1e-10)
         assert HScore(statistics, shrinkage="oas").intensity == pytest.approx(oas_as_implemented, rel=1e-10)
     # The common implementation drops the 2/h terms of Eq. 23; they matter little at any real h.
@@ -169,86 +148,12 @@ def test_zero_gradients_have_no_direction():
         alignment_loss(torch.zeros(2, 3), torch.ones(2))
 
 
-def test_identical_prompts_make_alpha_indifferent():
-    features, labels = _data(40, 1, 6, 3)
-    score = HScore(_statistics(features.expand(4, -1, -1).clone(), labels), shrinkage=0.1)
-    values = [score(w)[0] for w in np.random.default_rng(0).dirichlet(np.ones(4), size=5)]
-    np.testing.assert_allclose(values, values[0], rtol=1e-10)
-    assert optimize_weights(_statistics(features.expand(4, -1, -1).clone(), labels)).diagnostics.gap < 1e-9
-
-
-@pytest.mark.parametrize("shape", [(60, 4, 6, 3), (25, 5, 40, 4), (200, 8, 12, 6)], ids=str)
-@pytest.mark.parametrize("lam", [0.0, 1.0])
-def test_solver_is_never_worse_than_scipy_from_many_starts(shape, lam):
-    features, labels = _data(*shape, seed=4)
-    statistics = _statistics(features, labels)
-    gram = _gram(shape[1])
-    found = optimize_weights(statistics, gram, lam=lam)
-    objective = Objective(HScore(statistics), Alignment(gram.numpy()), lam)
-    m = shape[1]
-    constraint = {"type": "eq", "fun": lambda a: a.sum() - 1, "jac": np.ones_like}
-    best = min(
-        minimize(
-            objective,
-            start,
-            jac=True,
-            method="SLSQP",
-            bounds=[(0, 1)] * m,
-            constraints=constraint,
-            options={"ftol": 1e-13},
-        ).fun
-        for start in np.random.default_rng(1).dirichlet(np.ones(m), size=30)
-    )
-    assert found.diagnostics.objective <= best + 1e-6
-    assert found.diagnostics.gap <= 1e-6
-    weights = found.weights
-    assert weights.dtype == torch.float64
-    assert float(weights.min()) >= 0
-    assert float(weights.sum()) == pytest.approx(1, abs=1e-12)
-    assert found.diagnostics.objective == pytest.approx(objective(weights.numpy())[0], abs=1e-12)
-
-
-def test_raw_and_normalised_objective():
-    features, labels = _data(60, 3, 6, 4)
-    statistics, gram = _statistics(features, labels), _gram(3)
-    raw = optimize_weights(statistics, gram, lam=0.5, normalize=False).diagnostics
-    assert raw.objective == pytest.approx(-raw.h_score + 0.5 * raw.alignment_loss, rel=1e-12)
-    scaled = optimize_weights(statistics, gram, lam=0.5).diagnostics
-    assert scaled.objective == pytest.approx(-scaled.h_score / 3 + 0.5 * scaled.alignment_loss, rel=1e-12)
-
-
-def test_alignment_alone_stays_uniform():
-    features, labels = _data(60, 4, 6, 3)
-    heavy = optimize_weights(_statistics(features, labels), _gram(4), lam=1e6, tolerance=1e-3).weights
-    torch.testing.assert_close(heavy, torch.full((4,), 0.25, dtype=torch.float64), atol=1e-3, rtol=0)
-
-
-def test_jackknife_matches_the_spread_of_fresh_samples():
-    estimates, errors = [], []
-    for seed in range(24):
-        rng = np.random.default_rng(seed)
-        labels = torch.from_numpy(np.arange(240) % 3)
-        means = np.random.default_rng(99).standard_normal((2, 3, 4))
-        features = torch.from_numpy(rng.standard_normal((2, 240, 4)) + means[:, labels])
-        statistics = _statistics(features, labels, folds=8)
-        solution = optimize_weights(statistics)
-        estimates.append(float(solution.weights[0]))
-        errors.append(float(jackknife_std(statistics, solution, None, lam=0.0)[0]))
-    # 24 samples know a standard deviation to about 15 %; the jackknife over 8 folds each to 27 %, averaged.
-    assert np.median(errors) == pytest.approx(np.std(estimates), rel=0.5)
-
-
-def test_jackknife_without_folds_is_nan():
-    statistics = _statistics(*_data(30, 2, 4, 3))
-    assert jackknife_std(statistics, optimize_weights(statistics), None, lam=0.0).isnan().all()
-
-
 @pytest.mark.parametrize("keep", ["features", "moments"])
 def test_constant_features_are_refused(keep):
-    features, labels = _data(30, 3, 4, 3)
+    features, labels = data(30, 3, 4, 3)
     features[1] = 2.5
     with pytest.raises(PromptError, match=r"\[1\]"):
-        HScore(_statistics(features, labels, keep))
+        HScore(statistics_of(features, labels, keep))
     with pytest.raises(DataError, match="constant"):
         h_score(features[1], labels)
 
@@ -266,27 +171,10 @@ def test_constant_features_are_refused(keep):
 )
 def test_bad_h_score_input(labels, shrinkage, error):
     with pytest.raises(error):
-        h_score(_data(30, 1, 4, 3)[0][0], labels, shrinkage=shrinkage)
+        h_score(data(30, 1, 4, 3)[0][0], labels, shrinkage=shrinkage)
 
 
 def test_h_score_is_differentiable():
-    features, labels = _data(12, 1, 3, 3)
+    features, labels = data(12, 1, 3, 3)
     features = features[0].requires_grad_()
     assert torch.autograd.gradcheck(lambda f: h_score(f, labels, shrinkage=0.2), (features,))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"lam": -1.0},
-        {"lam": float("nan")},
-        {"gram": torch.eye(2)},
-        {"solver": "magic"},
-        {"starts": 0},
-        {"shrinkage": 2},
-    ],
-    ids=str,
-)
-def test_bad_options(options):
-    with pytest.raises(OptionError):
-        optimize_weights(_statistics(*_data(30, 3, 4, 3)), **options)

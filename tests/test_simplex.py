@@ -49,6 +49,20 @@ def test_convex_quadratics_reach_the_gap_and_scipys_value(seed, size):
     assert slower.value <= found.value + 1e-3
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.integers(1, 40), st.floats(-6, 0))
+def test_quadratics_are_minimised_exactly(seed, size, log_condition):
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.standard_normal((size, size)))[0]
+    matrix = (basis * np.geomspace(1, 10**log_condition, size)) @ basis.T
+    linear, start = rng.standard_normal(size), rng.dirichlet(np.ones(size))
+    point = simplex.minimize_quadratic(matrix, linear, start)
+    assert point.min() >= 0
+    assert point.sum() == pytest.approx(1, abs=1e-12)
+    # The gap bounds the distance of a convex function to its minimum.
+    assert simplex.frank_wolfe_gap(point, matrix @ point + linear) <= 1e-8
+
+
 def test_solution_at_a_vertex_is_exact():
     found = simplex.quasi_newton(lambda x: (float(x @ [3.0, 1.0, 2.0]), np.array([3.0, 1.0, 2.0])), np.full(3, 1 / 3))
     np.testing.assert_allclose(found.weights, [0, 1, 0], atol=1e-12)

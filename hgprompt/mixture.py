@@ -1,0 +1,219 @@
+"""H of the mixed features as a function of α, from kept features or from their moments.
+
+With Σ_a(α) the shrunk covariance of Σα_i f_i and R(α) [h, C] its class means, each times √π_c,
+
+    H_a(α) = (1-a) tr(Rᵀ Z),   Z = Σ_a⁻¹ R,
+
+and Z, the discriminants, are all that a gradient needs beside: H_a(α) = (1-a) max_Z 2⟨Z, R(α)⟩ - ⟨Z, Σ_a(α) Z⟩, so that
+the derivative is that of the bracket at a fixed Z.
+
+Letters in shapes: M prompts, N images, h feature width, C observed classes, P = M(M+1)/2 pairs of prompts.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hgprompt.errors import StatisticsError
+from hgprompt.moments import Moments, class_sums, mixed
+
+# Below this intensity, Woodbury's difference of two nearly equal matrices loses the digits that it saves time on.
+_WOODBURY_FROM = 1e-4
+
+
+class FeatureMixture:
+    """From kept features.
+
+    Args:
+        features: [M, N, h]. labels: [N].
+
+    Attributes:
+        f: centred features [M, N, h], float64. r: √π_c · (class mean), [M, C, h]. n: N.
+        constant: prompts whose features do not differ between images.
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor) -> None:
+        self.f = features.double()
+        self.f = self.f - self.f.mean(1, keepdim=True)
+        self.n = features.shape[1]
+        if self.n == 0:
+            raise StatisticsError("no images are left")
+        self.constant = [i for i, f in enumerate(features) if is_constant(self.f[i], f)]
+        _, self._index = labels.to(features.device).unique(return_inverse=True)
+        self.r = class_means(self.f, labels)
+
+    @cached_property
+    def traces(self) -> Tensor:
+        """tr C_ij [M, M] of the covariance of the features of every two prompts."""
+        flat = self.f.flatten(1)
+        return flat @ flat.T / self.n
+
+    def uniform(self) -> tuple[Tensor, Tensor]:
+        """Σ [h, h] of the uniform mixture, and Σ_n ‖f_n‖⁴ []."""
+        uniform = self.f.mean(0)
+        return uniform.T @ uniform / self.n, uniform.square().sum(1).square().sum()
+
+    def discriminants(self, weights: Tensor, a: float) -> tuple[float, Tensor]:
+        """H_a(α), and Z [h, C]."""
+        _, value, z = self._solve(weights, a)
+        return value, z
+
+    def value_and_gradient(self, weights: Tensor, a: float) -> tuple[float, Tensor]:
+        """H_a(α) and its gradient [M]."""
+        f, value, z = self._solve(weights, a)
+        n, h = f.shape
+        slope = -(1 - a) * (2 / n) * ((1 - a) * ((f @ z) @ z.T) + (a / h) * z.square().sum() * f)
+        gradient = torch.mv(self.f.flatten(1), slope.flatten())
+        return value, gradient + 2 * (1 - a) * torch.mv(self.r.flatten(1), z.T.flatten())
+
+    def without_folds(self, fold_of: Tensor, folds: int, weights: Tensor, a: float) -> tuple[Tensor, Tensor]:
+        """H_a(α) [K] and its gradient [K, M] without the images of each fold in turn, in two passes over the features.
+
+        Args:
+            fold_of: fold of each image [N]. folds: K. weights, a: as for `value_and_gradient`.
+
+        Returns:
+            The same as `FeatureMixture` of the other images alone would give.
+        """
+        f, fold_of, h = mixed(self.f, weights), fold_of.to(self.f.device), self.f.shape[2]
+        kept = torch.stack([fold_of != k for k in range(folds)], dim=1).to(f)  # [N, K]
+        n, c = kept.sum(0), self.r.shape[1]
+        counts = torch.stack([self._index[fold_of != k].bincount(minlength=c) for k in range(folds)]).to(f)  # [K, C]
+        by_fold = class_sums(self.f, fold_of.long() * c + self._index, folds * c).unflatten(1, (folds, c))
+        sums = by_fold.sum(1, keepdim=True) - by_fold  # [M, K, C, h]
+        means = sums.sum(2) / n[:, None]
+        r = sums / counts.clamp_min(1)[..., None] - means[:, :, None]
+        r *= (counts / n[:, None]).sqrt()[..., None]  # nothing where a class has no image left
+        mean, mixed_r = mixed(means, weights), mixed(r, weights)
+        whole, discriminants = _square(f), []
+        for k in range(folds):
+            left_out = f[fold_of == k]
+            covariance = (whole - left_out.T @ left_out) / n[k] - torch.outer(mean[k], mean[k])
+            ridge = a * covariance.trace() / h
+            discriminants.append(solve_regularized((1 - a) * covariance, ridge, mixed_r[k].T, int(n[k])))
+        z = torch.stack(discriminants)  # [K, h, C]
+        values = (1 - a) * (mixed_r * z.transpose(1, 2)).sum((1, 2))
+        flat = z.transpose(0, 1).flatten(1)
+        along, mean_along = f @ flat, torch.einsum("kh,khc->kc", mean, z)
+        gradients = []
+        for features, m, own in zip(self.f, means.unbind(0), r, strict=True):  # tr(Zᵀ C_jα Z) and tr C_jα
+            inside = ((features @ flat) * along).unflatten(1, (folds, c)).sum(2)
+            inside = (inside * kept).sum(0) / n - (torch.einsum("kh,khc->kc", m, z) * mean_along).sum(1)
+            trace = ((features * f).sum(1) @ kept) / n - (m * mean).sum(1)
+            penalty = (1 - a) * inside + (a / h) * z.square().sum((1, 2)) * trace
+            gradients.append(2 * (1 - a) * ((own * z.transpose(1, 2)).sum((1, 2)) - penalty))
+        return values, torch.stack(gradients, dim=1)
+
+    def _solve(self, weights: Tensor, a: float) -> tuple[Tensor, float, Tensor]:
+        f, r = mixed(self.f, weights), mixed(self.r, weights)
+        n, h = f.shape
+        sigma = f.square().sum() / (n * h)
+        if n < h and a > _WOODBURY_FROM:
+            inner = (1 - a) * (f @ f.T)
+            inner.diagonal().add_(n * a * sigma)
+            correction = f.T @ torch.cholesky_solve(f @ r.T, torch.linalg.cholesky(inner))
+            z = (r.T - (1 - a) * correction) / (a * sigma)
+        else:
+            z = solve_regularized((1 - a) / n * _square(f), a * sigma, r.T, n)
+        return f, (1 - a) * float((r.T * z).sum()), z
+
+
+class MomentMixture:
+    """From moments: Σ(α) = Σ α_i α_j C_ij, with C_ij the h × h covariance of the features of prompts i and j.
+
+    Attributes:
+        mean [M, h], about the moments' pilot centre. r, n, constant: as for `FeatureMixture`.
+    """
+
+    def __init__(self, moments: Moments) -> None:
+        if moments.count == 0:
+            raise StatisticsError("no images are left")
+        self.moments = moments
+        self.n = moments.count
+        self.mean = moments.sums / self.n
+        self.r = scaled_class_means(moments)
+        assert moments.centre is not None
+        magnitude = (moments.centre + self.mean).square().sum(1)
+        spread = torch.stack([row[:, 0].diagonal().sum() for row in moments.rows]) / self.n - self.mean.square().sum(1)
+        rounding = 2 * torch.finfo(torch.float32).eps
+        self.constant = torch.nonzero(spread <= rounding**2 * magnitude).flatten().tolist()
+
+    @cached_property
+    def traces(self) -> Tensor:
+        """tr C_ij [M, M]."""
+        return self._inner(torch.eye(self.moments.width, dtype=torch.float64, device=self.mean.device))
+
+    def uniform(self) -> tuple[Tensor, Tensor]:
+        """As for `FeatureMixture`."""
+        mean = self.mean.mean(0)
+        covariance = self.moments.mixed_second() / self.n - torch.outer(mean, mean)
+        return covariance, self.moments.shifted_fourth(-mean)[1]
+
+    def discriminants(self, weights: Tensor, a: float) -> tuple[float, Tensor]:
+        """H_a(α), and Z [h, C]."""
+        mean, r = mixed(self.mean, weights), mixed(self.r, weights)
+        covariance = self.moments.quadratic(weights) / self.n - torch.outer(mean, mean)
+        z = solve_regularized((1 - a) * covariance, a * covariance.trace() / len(covariance), r.T, self.n)
+        return (1 - a) * float((r.T * z).sum()), z
+
+    def value_and_gradient(self, weights: Tensor, a: float) -> tuple[float, Tensor]:
+        """H_a(α) and its gradient [M]."""
+        value, z = self.discriminants(weights, a)
+        slope = (1 - a) * z @ z.T
+        slope.diagonal().add_((a / len(z)) * z.square().sum())
+        gradient = -2 * (1 - a) * self._inner(slope) @ weights.to(self.mean.device)
+        return value, gradient + 2 * (1 - a) * torch.mv(self.r.flatten(1), z.T.flatten())
+
+    def _inner(self, matrix: Tensor) -> Tensor:
+        """⟨G, C_ij⟩ [M, M] with a symmetric G."""
+        return self.moments.inner(matrix) / self.n - self.mean @ matrix @ self.mean.T
+
+
+def solve_regularized(covariance: Tensor, ridge: Tensor, right: Tensor, n: int) -> Tensor:
+    """(covariance + ridge·I)⁻¹ right; the pseudo-inverse where that is singular (Eq. 5 to the letter)."""
+    matrix = covariance.clone()
+    matrix.diagonal().add_(ridge)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    diagonal = factor.diagonal()
+    if int(info) == 0 and float(diagonal.min()) > 1e-6 * float(diagonal.max()):
+        return torch.cholesky_solve(right, factor)
+    values, vectors = torch.linalg.eigh(matrix)
+    cutoff = max(n, len(matrix)) * torch.finfo(matrix.dtype).eps * values[-1]
+    inverse = torch.where(values > cutoff, 1 / values.clamp_min(1e-300), torch.zeros_like(values))
+    return (vectors * inverse) @ (vectors.T @ right)
+
+
+def class_means(centred: Tensor, labels: Tensor) -> Tensor:
+    """√π_c · (mean of class c), [M, C, h], of centred features [M, N, h]; classes in ascending order."""
+    classes, index = labels.unique(return_inverse=True)
+    sums = class_sums(centred, index, len(classes))
+    counts = index.bincount(minlength=len(classes)).to(centred)
+    return sums / (counts * centred.shape[1]).sqrt()[:, None]
+
+
+def scaled_class_means(moments: Moments) -> Tensor:
+    """√π_c · (mean of class c less the mean), [M, C, h], of moments."""
+    labels = sorted(moments.class_sums)
+    counts = torch.tensor([moments.class_counts[c] for c in labels], dtype=torch.float64, device=moments.sums.device)
+    sums = torch.stack([moments.class_sums[c] for c in labels], dim=1)
+    means = sums / counts[:, None] - (moments.sums / moments.count)[:, None]
+    return means * (counts / moments.count).sqrt()[:, None]
+
+
+def is_constant(centred: Tensor, features: Tensor) -> bool:
+    """Spread no larger than the rounding of features that are all the same in their dtype."""
+    rounding = 2 * torch.finfo(features.dtype).eps
+    return bool(centred.square().sum() <= rounding**2 * features.double().square().sum())
+
+
+def _square(f: Tensor) -> Tensor:
+    """fᵀf [h, h]. Three quarters of the product are enough: the rest is symmetric."""
+    half = f.shape[1] // 2
+    if half < 128:
+        return f.T @ f
+    left, right = f[:, :half], f[:, half:]
+    off = left.T @ right
+    return torch.cat([torch.cat([left.T @ left, off], dim=1), torch.cat([off.T, right.T @ right], dim=1)])
