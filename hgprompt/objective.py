@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hgprompt.errors import DataError, OptionError, PromptError
 from hgprompt.mixture import FeatureMixture, MomentMixture, class_means, is_constant
-from hgprompt.simplex import Vector
+from hgprompt.simplex import Function, Vector
 from hgprompt.statistics import EnsembleStatistics, check_labels
 
 Shrinkage = Literal["auto", "ledoit-wolf", "oas"] | float
@@ -93,11 +93,16 @@ def alignment_loss(gradients: Tensor, weights: Tensor) -> Tensor:
 
 def gram_of(gradients: Tensor) -> Tensor:
     """Gram matrix K [M, M] (float64) of the normalised gradients [M, ...]; zero rows for zero gradients."""
-    g = gradients.double().flatten(1)
-    norms = g.norm(dim=1, keepdim=True)
-    g = torch.where(norms > 0, g / norms.clamp_min(1e-300), torch.zeros_like(g))
+    g = unit_gradients(gradients.flatten(1))
     gram = g @ g.T
     return (gram + gram.T) / 2
+
+
+def unit_gradients(gradients: Tensor) -> Tensor:
+    """ĝ of Eq. 8, [..., D] in float64, for gradients [..., D]; a zero gradient has no direction and stays zero."""
+    g = gradients.double()
+    norms = g.norm(dim=-1, keepdim=True)
+    return torch.where(norms > 0, g / norms.clamp_min(1e-300), torch.zeros_like(g))
 
 
 def resolve_intensity(shrinkage: Shrinkage, n: int, covariance: Tensor, fourth: Tensor) -> float:
@@ -220,24 +225,35 @@ class Alignment:
         if not alive.any():
             return 0.0, np.zeros_like(weights)
         mean = self.gram[alive].mean(axis=0)  # ⟨mean ĝ, ĝ_i⟩
-        along = self.gram @ weights
-        square = float(weights @ along)
-        if square <= 1e-30:  # g_α = 0: no direction, no gradient either
-            return 1.0, np.zeros_like(weights)
-        norm = math.sqrt(square)
-        cosine = float(mean @ weights) / norm
-        return 1.0 - cosine, -mean / norm + cosine * along / square
+        return cosine_loss(mean, self.gram, weights)
+
+
+def cosine_loss(along: Vector, gram: Vector, weights: Vector) -> tuple[float, Vector]:
+    """1 - ⟨along, α⟩ / √(αᵀ gram α) and its gradient [M], for α [M]: 1 minus the length of ĝ_α along a fixed vector.
+
+    Args:
+        along: [M], of the vector with every ĝ_i. gram: [M, M], of the ĝ_i with one another.
+        weights: α [M]; where Σ α_i ĝ_i = 0 there is no direction, the value is 1 and the gradient 0.
+    """
+    slope = gram @ weights
+    square = float(weights @ slope)
+    if square <= 1e-30:
+        return 1.0, np.zeros_like(weights)
+    norm = math.sqrt(square)
+    cosine = float(along @ weights) / norm
+    return 1.0 - cosine, -along / norm + cosine * slope / square
 
 
 @dataclass(frozen=True)
 class Objective:
     """-H(α)/(C-1) + λ L_align(α), or Eq. 12 to the letter with the raw H.
 
-    Dividing by C-1, the largest value that H can take, makes one λ mean the same on 2 classes and on 100.
+    Dividing by C-1, the largest value that H can take, makes one λ mean the same on 2 classes and on 100. In place of
+    `Alignment` any function of α will do, such as the alternatives to Eq. 10 in `hgprompt.transferability`.
     """
 
     h_score: Score
-    alignment: Alignment | None
+    alignment: Function | None
     lam: float
     normalize: bool = True
 
