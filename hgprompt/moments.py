@@ -223,9 +223,9 @@ class Moments:
 
 
 def merged(by_fold: Sequence[Moments], without: int | None = None) -> Moments:
-    """Moments of all folds together; optionally without one (a single fold is never left out)."""
+    """Moments of all folds together; optionally without one."""
     total = Moments(by_fold[0].num_prompts, by_fold[0].width)
     for k, part in enumerate(by_fold):
-        if k != without or len(by_fold) == 1:
+        if k != without:
             total.merge(part)
     return total

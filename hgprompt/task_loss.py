@@ -89,16 +89,17 @@ def fit_heads(kind: FittedHead, statistics: EnsembleStatistics, *, device: torch
     """
     m = statistics.num_prompts
     intensity = lda_intensity(statistics)
+    left_out = range(statistics.folds) if statistics.folds > 1 else [None]
     heads: list[list[tuple[Tensor, Tensor, Tensor]]] = []
     if kind == "shared-lda":
         by_fold = statistics.mixture_moments()
-        heads = [[_lda(merged(by_fold, without=k), intensity)] * m for k in range(statistics.folds)]
+        heads = [[_lda(merged(by_fold, k), intensity)] * m for k in left_out]
     else:
         heads = [[] for _ in range(statistics.folds)]
         for i in range(m):
             by_fold = statistics.prompt_moments(i)
-            for k in range(statistics.folds):
-                heads[k].append(_lda(merged(by_fold, without=k), 1.0 if kind == "centroid" else intensity))
+            for fold, k in zip(heads, left_out, strict=True):
+                fold.append(_lda(merged(by_fold, k), 1.0 if kind == "centroid" else intensity))
     dtype = torch.float64 if statistics.dtype == torch.float64 else torch.float32
     return [
         LinearHeads(
