@@ -69,6 +69,26 @@ class FeatureMixture:
         gradient = torch.mv(self.f.flatten(1), slope.flatten())
         return value, gradient + 2 * (1 - a) * torch.mv(self.r.flatten(1), z.T.flatten())
 
+    def influence(self, weights: Tensor, a: float, z: Tensor) -> Tensor:
+        """Influence function of H_a(α) at every image [N]: its derivative in the share of that image, a held fixed.
+
+        With the centred f_n, its class y, R = Σ_c √π_c μ_c and Z = Σ_a⁻¹R (the mean over images is 0):
+
+            (1-a) [2 f_nᵀV_y - μ_yᵀV_y - tr RᵀZ - (1-a)(‖Zᵀf_n‖² - mean) - (a/h)‖Z‖² (‖f_n‖² - mean)],  V_c = Z_c/√π_c
+
+        Σ influence² / N² estimates the variance of H_a(α) (the infinitesimal jackknife; Efron 1982, "The jackknife, the
+        bootstrap and other resampling plans", chapter 6).
+        """
+        f, r = mixed(self.f, weights), mixed(self.r, weights)
+        prior = self._index.bincount(minlength=len(r)).to(f) / self.n
+        each = (r * z.T).sum(1)
+        t = f @ z
+        along = t.gather(1, self._index[:, None]).squeeze(1) / prior.sqrt()[self._index]
+        between = 2 * along - (each / prior)[self._index] - each.sum()
+        spread, length = t.square().sum(1), f.square().sum(1)
+        within = (1 - a) * (spread - spread.mean()) + a / len(z) * z.square().sum() * (length - length.mean())
+        return (1 - a) * (between - within)
+
     def without_folds(self, fold_of: Tensor, folds: int, weights: Tensor, a: float) -> tuple[Tensor, Tensor]:
         """H_a(α) [K] and its gradient [K, M] without the images of each fold in turn, in two passes over the features.
 

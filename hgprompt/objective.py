@@ -159,7 +159,7 @@ class HScore:
         without_fold: leave the images of one fold out.
 
     Attributes:
-        intensity: a. num_classes: C. num_images: N.
+        intensity: a. num_classes: C. num_images: N. evaluations: how often it was computed.
 
     Raises:
         DataError: fewer than two classes. PromptError: a prompt whose features are constant.
@@ -178,6 +178,7 @@ class HScore:
         else:
             mixture = MomentMixture(statistics.moments(without_fold))
         self._statistics, self.mixture = statistics, mixture
+        self.evaluations = 0
         self.num_images = mixture.n
         self.num_classes = mixture.r.shape[1]
         if self.num_classes < 2:
@@ -199,12 +200,14 @@ class HScore:
             for k in range(folds):
                 yield HScore(self._statistics, shrinkage=a, without_fold=k)(weights)
 
-    def value(self, weights: Vector) -> float:
-        """α [M] → H alone."""
-        return self.mixture.discriminants(torch.from_numpy(weights), self.intensity)[0]
+    def evaluate(self, weights: Vector) -> tuple[float, Tensor]:
+        """α [M] → H, and the discriminants Z [h, C] that it comes from (`hgprompt.mixture`)."""
+        self.evaluations += 1
+        return self.mixture.discriminants(torch.from_numpy(weights), self.intensity)
 
     def __call__(self, weights: Vector) -> tuple[float, Vector]:
         """α [M] → H and its gradient [M]. Any α but 0; the scale does not matter."""
+        self.evaluations += 1
         value, gradient = self.mixture.value_and_gradient(torch.from_numpy(weights), self.intensity)
         return value, gradient.cpu().numpy()
 

@@ -19,6 +19,7 @@ from hgprompt.objective import Alignment, HScore, Objective, Score, Shrinkage, c
 from hgprompt.reduced_basis import ReducedHScore
 from hgprompt.simplex import Function, Minimum, Vector
 from hgprompt.statistics import EnsembleStatistics
+from hgprompt.uncertainty import h_score_std, source_covariance, source_influence
 
 logger = logging.getLogger(__name__)
 
@@ -136,14 +137,22 @@ class WeightProblem:
         self.alignment = None if gram is None else Alignment(_array(gram))
         self._reduced: ReducedHScore | None = None
         capacity = ReducedHScore.capacity_for(self.score)
-        uniform, vertices = np.full(size, 1 / size), np.eye(size)
+        self.uniform_h_score, uniform_z = self.score.evaluate(np.full(size, 1 / size))
+        alone = [self.score.evaluate(vertex) for vertex in np.eye(size)]
+        self.source_h_scores = torch.tensor([value for value, _ in alone], dtype=torch.float64)
+        self._influence = source_influence(self.score, [z for _, z in alone])
         if capacity:
             self._reduced = ReducedHScore(self.score, capacity)
-            values = self._reduced.show(uniform, besides=list(vertices))
-        else:
-            values = [self.score.value(p) for p in (uniform, *vertices)]
-        self.uniform_h_score = values[0]
-        self.source_h_scores = torch.tensor(values[1:], dtype=torch.float64)
+            self._reduced.take([uniform_z], besides=[z for _, z in alone])
+
+    @property
+    def source_covariance(self) -> Tensor:
+        """Covariance [M, M] of the errors of `source_h_scores`, see `hgprompt.uncertainty`."""
+        return source_covariance(self.statistics, self.score.intensity, self._influence)
+
+    def h_score_std(self, weights: Tensor) -> float:
+        """Standard error of H at α [M], see `hgprompt.uncertainty`."""
+        return h_score_std(self.score, weights.numpy())
 
     def solve(self, lam: float, *, solver: Solver = "quasi-newton", learning_rate: float = 0.005) -> Solution:
         """The best of several starts for one λ; arguments as for `optimize_weights`."""
@@ -261,17 +270,14 @@ class WeightProblem:
         reduced = self._reduced if solver == "quasi-newton" else None
         score = _PoolScore(reduced or self.score, pool, self.size)
         function = Objective(score, alignment, lam, self.normalize)
+        before = self.score.evaluations
         starts = simplex.starting_points(function, len(pool), self.starts, self.seed)
         starts += [simplex.project(w[pool]) for w in warm]
         minima = [self._minimize(function, start, solver, learning_rate) for start in starts]
-        if reduced is None:
-            evaluations = sum(m.evaluations for m in minima)
-        else:
-            before = reduced.evaluations
+        if reduced is not None:
             minima = self._touch_down(function, minima, reduced, score)
-            evaluations = reduced.evaluations - before
         minima = [dataclasses.replace(m, weights=score.on_all(m.weights)) for m in minima]
-        solution = self._solution(minima, alignment, evaluations, pool)
+        solution = self._solution(minima, alignment, self.score.evaluations - before, pool)
         found = solution.diagnostics
         if not found.converged and solver != "projected-gradient":
             logger.warning("α stopped at a gap of %.2g, above the tolerance of %.2g", found.gap, self.tolerance)
@@ -324,7 +330,7 @@ class WeightProblem:
         distinct = [minima[k].weights for k in _distinct([m.weights for m in minima])[0]]
         diagnostics = Diagnostics(
             objective=best.value,
-            h_score=self.score.value(best.weights),
+            h_score=self.score.evaluate(best.weights)[0],
             alignment_loss=float("nan") if alignment is None else alignment(inside)[0],
             gap=best.gap,
             converged=best.converged,

@@ -40,7 +40,6 @@ class ReducedHScore:
     def __init__(self, score: HScore, capacity: int) -> None:
         self.score, self.capacity = score, capacity
         self.num_classes, self.intensity = score.num_classes, score.intensity
-        self.evaluations = 0
         self.basis: Tensor | None = None  # [h, k], orthonormal
         self._projection: FeatureProjection | MomentProjection
         if isinstance(score.mixture, FeatureMixture):
@@ -64,42 +63,36 @@ class ReducedHScore:
         """How many points fit into the basis with room to go on."""
         return max(self.capacity // (2 * self.num_classes), 1)
 
-    def show(self, *points: Vector, besides: Sequence[Vector] = ()) -> list[float]:
-        """Evaluate the whole H-score at these points and take their discriminants in.
+    def show(self, *points: Vector) -> None:
+        """Evaluate the whole H-score at α [M] each, which makes this one exact there."""
+        self.take([self.score.evaluate(p)[1] for p in points])
+
+    def take(self, discriminants: Sequence[Tensor], besides: Sequence[Tensor] = ()) -> None:
+        """Take discriminants Z [h, C] into the basis.
 
         Args:
-            points: α [M] each; from now on exact, as long as the basis does not start again.
-            besides: more points; of their discriminants only as many directions are taken in as there is room for.
-
-        Returns:
-            H at the points, then at those besides.
+            discriminants: exact from now on, as long as the basis does not start again.
+            besides: of these only as many directions are taken in as there is room for.
         """
-        found = [self._discriminants(p) for p in (*points, *besides)]
-        needed = torch.cat([z for _, z in found[: len(points)]], dim=1)
+        needed = torch.cat([z.cpu() for z in discriminants], dim=1)
         known = 0 if self.basis is None else self.basis.shape[1]
         basis = _extended(self.basis, needed)
         if basis.shape[1] > self.capacity:
             known, basis = 0, _extended(None, needed)
         if besides:
-            more = _outside(basis, torch.cat([z for _, z in found[len(points) :]], dim=1))
+            more = _outside(basis, torch.cat([z.cpu() for z in besides], dim=1))
             left, size, _ = torch.linalg.svd(more, full_matrices=False)
             room = max(self.capacity // 2 - basis.shape[1], 0)
             basis = _extended(basis, left[:, :room] * size[:room])
         if basis.shape[1] > known:
             self._mixture = self._projection.onto(basis, known)
         self.basis = basis
-        return [value for value, _ in found]
 
     def __call__(self, weights: Vector) -> tuple[float, Vector]:
         """α [M] → H confined to the basis, and its gradient [M]."""
         assert self._mixture is not None, "nothing was shown yet"
         value, gradient = self._mixture.value_and_gradient(torch.from_numpy(weights), self.intensity)
         return value, gradient.numpy()
-
-    def _discriminants(self, weights: Vector) -> tuple[float, Tensor]:
-        self.evaluations += 1
-        value, z = self.score.mixture.discriminants(torch.from_numpy(weights), self.intensity)
-        return value, z.cpu()
 
 
 def _extended(basis: Tensor | None, directions: Tensor) -> Tensor:
