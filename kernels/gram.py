@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hgprompt.kernels.compiler import (
-    cdiv, jit, launch_options, next_power_of_2, on_device, precision_of, takes, tl,
-)  # fmt: skip
+from hgprompt.kernels.compiler import cdiv, jit, launch_options, next_power_of_2, on_device, precision_of, takes, tl
 
 _PROGRAMS = 512  # a few for every multiprocessor; a constant, so that all devices add in the same order
 

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hgprompt.kernels.compiler import (
-    available, cdiv, jit, launch_options, on_device, takes, tl, with_dense_rows,
-)  # fmt: skip
+from hgprompt.kernels.compiler import available, cdiv, jit, launch_options, on_device, takes, tl, with_dense_rows
 
 # What plain PyTorch computes ------------------------------------------------------------------------------------------
 
@@ -107,7 +105,7 @@ def _assemble(
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = e < H * H
     total = tl.zeros([BLOCK], tl.float64)
-    for i in range(0, M):
+    for i in range(M):
         place = rows + tl.load(offsets + i) * UNIT + (e // H).to(tl.int64) * ((M - i) * H) + e % H
         for j in tl.range(i, M, num_stages=STAGES):
             total += tl.load(factors + i * M + j) * tl.load(place, mask=inside, other=0.0)

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hgprompt.kernels.compiler import (
-    cdiv, jit, launch_options, on_device, precision_of, takes, tl, with_dense_rows,
-)  # fmt: skip
+from hgprompt.kernels.compiler import cdiv, jit, launch_options, on_device, precision_of, takes, tl, with_dense_rows
 
 # What plain PyTorch computes ------------------------------------------------------------------------------------------
 
@@ -113,7 +111,7 @@ def class_sums(features: Tensor, centre: Tensor, index: Tensor, num_classes: int
     if not takes(features):
         return class_sums_reference(features, centre, index, num_classes)
     features = with_dense_rows(features)
-    m, b, h = features.shape
+    m, _, h = features.shape
     index = index.to(features.device)
     order = index.argsort(stable=True)
     starts = torch.searchsorted(index[order], torch.arange(num_classes + 1, device=index.device))
