@@ -1,8 +1,9 @@
 """Kernels of statistics and gradients beside their floors and PyTorch: python benchmarks/gpu_statistics.py out.json
 
-[--rehearse]: see gpu.sh. The floor is the larger of its bytes at the rate of a copy and its products at a third of the rate of the library's TF32
+The floor is the larger of its bytes at the rate of a copy and its products at a third of the rate of the library's TF32
 product, both measured in the same run. Errors are relative, against float64. Plain PyTorch computes in float64 what
 `hgprompt.moments` and `hgprompt.objective` ask of it: mixtures from a float64 copy of the features, which is kept.
+--rehearse: see gpu.sh.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def class_sums(features: Tensor, centre: Tensor, index: Tensor, num_classes: int
     """Sums of f - centre over the images of each class, in float64; summed over classes, the sums over all images.
 
     Args:
-        features: [M, B, h], floating point, of any strides. centre: [M, h], its device.
+        features: [M, B, h], floating point, of any strides. centre: [M, h], on the same device.
         index: class of each image [B], int64, from 0 to C-1, on any device. num_classes: C.
 
     Returns:
@@ -135,11 +135,15 @@ def add_moments(rows: Sequence[Tensor], features: Tensor, centre: Tensor) -> Non
     Args:
         rows: M contiguous float64 tensors as in `hgprompt.moments.Moments.rows`: rows[i] [h, M-i, h] holds the block of
             prompts i and j at [:, j-i]. Changed in place.
-        features: [M, B, h], floating point, of any strides. centre: [M, h], as exact as float64 or float32 says it.
+        features: [M, B, h], floating point, of any strides. centre: [M, h], on the same device; a float64 one is not
+            rounded to float32.
     """
     if not takes(features):
         add_moments_reference(rows, features, centre)
         return
+    for i, row in enumerate(rows):
+        if row.dtype != torch.float64 or not row.is_contiguous():
+            raise ValueError(f"rows[{i}] must be contiguous float64, got {row.dtype}, strides {row.stride()}")
     features = with_dense_rows(features)
     m, b, h = features.shape
     # float32 alone would move the centre; in two parts it is known to 48 bits.
@@ -149,8 +153,6 @@ def add_moments(rows: Sequence[Tensor], features: Tensor, centre: Tensor) -> Non
     tiles = cdiv(h, options["BLOCK"])
     with on_device(features):
         for i, row in enumerate(rows if b else ()):
-            if not row.is_contiguous():
-                raise ValueError(f"rows[{i}] must be contiguous, to be added to in place")
             _add_block_row[(tiles * tiles, m - i)](
                 row, features[i:], high[i:], low[i:], m - i, b, features.stride(0), features.stride(1),
                 H=h, PRECISION=precision_of(torch.float32), **options,
