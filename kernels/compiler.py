@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
@@ -48,6 +48,16 @@ def available(device: torch.device) -> bool:
     if triton is None or interpreted():
         return triton is not None and device.type == "cpu"
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def takes(x: Tensor, dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16, torch.float32)) -> bool:
+    """Whether kernels that read these dtypes run on x."""
+    return x.dtype in dtypes and available(x.device)
+
+
+def with_dense_rows(x: Tensor) -> Tensor:
+    """x, or a copy of it where its last dimension does not lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @functools.cache

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hgprompt.kernels import attention, compiler, mlp, norm
+from hgprompt.kernels import attention, compiler, gram, mixture, mlp, moments, norm
 from hgprompt.kernels.compiler import ARCHITECTURES, SHARED_MEMORY, configurations, triton
 
-_TYPES = {16: ("bf16", "fp16"), 32: ("fp32",)}
+_TYPES = {16: ("bf16", "fp16"), 32: ("fp32",), 64: ("fp64",)}
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Case:
     num_warps: int
     num_stages: int
     float32: tuple[str, ...] = ()
+    float64: tuple[str, ...] = ()
+    int64: tuple[str, ...] = ()
     scalars: tuple[str, ...] = ()
 
     @property
@@ -117,8 +119,32 @@ def _cases(kernel: str, row: dict[str, int], dtype: str) -> Iterator[Case]:
             yield Case(mlp._linear, kernel, dtype, kept | precision | options, **launch)
         back = {"BIAS": False, "ACTIVATION": "gelu", "KEEP": False, "MULTIPLY": True, "b_n": 1}
         yield Case(mlp._linear, kernel, dtype, back | precision | options, **launch)
+    elif kernel == "add_moments":
+        block = {"H": 768, "PRECISION": "tf32x3"} | options
+        yield Case(moments._add_block_row, kernel, dtype, block, **launch, float32=("high", "low"), float64=("row",))
+    elif kernel in _SUMS:
+        if dtype == "fp16":  # as bfloat16, but for one conversion
+            return
+        function, float64, shape = _SUMS[kernel]
+        yield Case(
+            function, kernel, dtype, shape | options, **launch, float64=float64, int64=("order", "starts", "offsets")
+        )
+    elif kernel == "gram":
+        for parts in (False, True):
+            columns = {"PARTS": parts, "PRECISION": "tf32x3"} | options
+            yield Case(gram._products, kernel, dtype, columns, **launch, float64=("out",))
     else:
         raise LookupError(f"the report does not know the kernel {kernel}")
+
+
+# Reductions in float64, bound by memory: they have no products for tensor cores.
+_SUMS: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
+    "class_sums": (moments._class_sums, ("centre", "out"), {"H": 768}),
+    "mix": (mixture._mix, ("means", "weights", "out"), {"H": 768}),
+    "pull_back_mixture": (mixture._pull_back, ("slope", "means", "out"), {"H": 768}),
+    "assemble": (mixture._assemble, ("factors", "out"), {"H": 768, "UNIT": 2}),
+    "block_products": (mixture._block_products, ("matrix", "out"), {"H": 768, "UNIT": 2}),
+}
 
 
 def _activations(dtype: str) -> tuple[str, ...]:
@@ -138,6 +164,10 @@ def compile_case(case: Case, architecture: str) -> Compiled:
             signature[name] = "constexpr"
         elif name in case.float32:
             signature[name] = "*fp32"
+        elif name in case.float64:
+            signature[name] = "*fp64"
+        elif name in case.int64:
+            signature[name] = "*i64"
         elif name in case.scalars:
             signature[name] = "fp32"
         elif _is_pointer(case.kernel, name):
@@ -192,11 +222,14 @@ _POINTERS = {
                   "dq1", "dq2", "dk1", "dk2", "dv1", "dv2"},
     "norm": {"x", "y", "total", "z", "rstd", "dtotal", "dz", "dx", "dy"},
     "mlp": {"pre", "out", "dout", "dpre", "a", "b", "bias", "slope"},
+    "moments": {"features", "centre", "order", "starts", "out", "row", "high", "low"},
+    "mixture": {"features", "means", "weights", "out", "slope", "rows", "offsets", "factors", "matrix"},
+    "gram": {"whole", "parts", "out"},
 }  # fmt: skip
 
 
 def _is_stride(name: str) -> bool:
-    return bool(re.fullmatch(r"(d?[qkv][12]_[mbnt])|b_k|b_n|N|K|count", name))
+    return bool(re.fullmatch(r"(d?[qkv][12]_[mbnt])|b_k|b_n|N|K|count|f_[mb]|D|columns|p_k", name))
 
 
 def _describe(case: Case) -> str:

@@ -41,6 +41,13 @@ def test_a_shipped_kernel_is_without_fault(architecture):
     assert found["wide_loads"] > 0  # 16 bytes at once, although rows come from two segments
 
 
+def test_a_sum_in_float64_reads_16_bytes_at_once():
+    """Although the rows of blocks are found by addresses that the compiler does not know."""
+    found = _compile("assemble", dtype="fp64")
+    assert found["faults"] == []
+    assert found["wide_loads"] > 0
+
+
 def test_spills_are_a_fault():
     found = _compile("attention_forward", changes={"BLOCK_T": 128, "BLOCK_S": 128})  # 128 × 128 scores in 4 warps
     assert found["spilled_bytes"] > 0
