@@ -21,7 +21,8 @@ from hgprompt.backbone import FrozenViT
 from hgprompt.bundled import load_backbone
 from hgprompt.encoder import Impl, check_prompts, encode, pull_back
 from hgprompt.errors import BackboneError, DataError, HGPromptError, HGPromptWarning, OptionError, of_a_worker
-from hgprompt.objective import Shrinkage, gram_of, h_score
+from hgprompt.kernels.gram import grams, grams_reference
+from hgprompt.objective import Shrinkage, h_score
 from hgprompt.optimize import Solver, WeightProblem, check_options, jackknife_std
 from hgprompt.pool import PromptPool
 from hgprompt.progress import Progress, Reporter
@@ -418,7 +419,7 @@ def _grams(gradients: Tensor | None, names: Sequence[str]) -> tuple[Tensor | Non
         raise DataError(
             f"gradients of prompts {bad} are not finite: look for overflow in the head or the compute dtype"
         )
-    gram = gram_of(whole).cpu()
+    gram, without_fold = (found.cpu() for found in (grams if gradients.is_cuda else grams_reference)(gradients))
     dead = [n for n, k in zip(names, gram.diagonal().tolist(), strict=True) if k == 0]
     if dead:
         warnings.warn(
@@ -426,7 +427,7 @@ def _grams(gradients: Tensor | None, names: Sequence[str]) -> tuple[Tensor | Non
             HGPromptWarning,
             stacklevel=3,
         )
-    return gram, [gram_of(whole - part).cpu() for part in gradients]
+    return gram, list(without_fold)
 
 
 def _mixing_gap(

@@ -18,43 +18,66 @@ import torch
 from torch import Tensor
 
 from hgprompt.errors import StatisticsError
+from hgprompt.kernels.mixture import mix, pull_back_mixture
 from hgprompt.moments import Moments, class_sums, mixed
 
 # Below this intensity, Woodbury's difference of two nearly equal matrices loses the digits that it saves time on.
 _WOODBURY_FROM = 1e-4
+_IMAGES_AT_ONCE = 64  # float64 copies of all prompts' features are of so many
 
 
 class FeatureMixture:
-    """From kept features.
+    """From kept features, which stay in their own dtype: no float64 copy of all of them is ever made.
 
     Args:
         features: [M, N, h]. labels: [N].
 
     Attributes:
-        f: centred features [M, N, h], float64. r: √π_c · (class mean), [M, C, h]. n: N.
+        features: as given. means: [M, h], float64. r: √π_c · (class mean - mean), [M, C, h], float64. n: N.
         constant: prompts whose features do not differ between images.
     """
 
     def __init__(self, features: Tensor, labels: Tensor) -> None:
-        self.f = features.double()
-        self.f = self.f - self.f.mean(1, keepdim=True)
-        self.n = features.shape[1]
+        m, self.n, h = features.shape
         if self.n == 0:
             raise StatisticsError("no images are left")
-        self.constant = [i for i, f in enumerate(features) if is_constant(self.f[i], f)]
-        _, self._index = labels.to(features.device).unique(return_inverse=True)
-        self.r = class_means(self.f, labels)
+        classes, self._index = labels.to(features.device).unique(return_inverse=True)
+        counts = self._index.bincount(minlength=len(classes)).double()
+        self.features = features
+        self.means = torch.empty(m, h, dtype=torch.float64, device=features.device)
+        self.r = self.means.new_empty(m, len(classes), h)
+        self.constant = []
+        for i, one in enumerate(features):
+            f = one.double()
+            self.means[i] = f.mean(0)
+            f = f - self.means[i]
+            self.r[i] = class_sums(f[None], self._index, len(classes))[0] / (counts * self.n).sqrt()[:, None]
+            if is_constant(f, one):
+                self.constant.append(i)
 
     @cached_property
     def traces(self) -> Tensor:
         """tr C_ij [M, M] of the covariance of the features of every two prompts."""
-        flat = self.f.flatten(1)
-        return flat @ flat.T / self.n
+        total = self.means.new_zeros(len(self.means), len(self.means))
+        for start in range(0, self.n, _IMAGES_AT_ONCE):
+            f = (self.features[:, start : start + _IMAGES_AT_ONCE].double() - self.means[:, None]).flatten(1)
+            total += f @ f.T
+        return total / self.n
+
+    def centred(self, prompt: int) -> Tensor:
+        """Features of one prompt less their mean [N, h], float64."""
+        return self.features[prompt].double() - self.means[prompt]
+
+    def project(self, basis: Tensor) -> Tensor:
+        """Centred features in a basis [h, k]: [M, N, k], float64."""
+        basis = basis.to(self.means.device)
+        return torch.stack([self.centred(i) @ basis for i in range(len(self.means))])
 
     def uniform(self) -> tuple[Tensor, Tensor]:
         """Σ [h, h] of the uniform mixture, and Σ_n ‖f_n‖⁴ []."""
-        uniform = self.f.mean(0)
-        return uniform.T @ uniform / self.n, uniform.square().sum(1).square().sum()
+        m = len(self.means)
+        f = self._mix(torch.full((m,), 1 / m, dtype=torch.float64))
+        return _square(f) / self.n, f.square().sum(1).square().sum()
 
     def discriminants(self, weights: Tensor, a: float) -> tuple[float, Tensor]:
         """H_a(α), and Z [h, C]."""
@@ -66,7 +89,10 @@ class FeatureMixture:
         f, value, z = self._solve(weights, a)
         n, h = f.shape
         slope = -(1 - a) * (2 / n) * ((1 - a) * ((f @ z) @ z.T) + (a / h) * z.square().sum() * f)
-        gradient = torch.mv(self.f.flatten(1), slope.flatten())
+        if slope.is_cuda:
+            gradient = pull_back_mixture(slope, self.features, self.means)
+        else:
+            gradient = torch.stack([(self.centred(i) * slope).sum() for i in range(len(self.means))])
         return value, gradient + 2 * (1 - a) * torch.mv(self.r.flatten(1), z.T.flatten())
 
     def influence(self, weights: Tensor, a: float, z: Tensor) -> Tensor:
@@ -79,7 +105,7 @@ class FeatureMixture:
         Σ influence² / N² estimates the variance of H_a(α) (the infinitesimal jackknife; Efron 1982, "The jackknife, the
         bootstrap and other resampling plans", chapter 6).
         """
-        f, r = mixed(self.f, weights), mixed(self.r, weights)
+        f, r = self._mix(weights), mixed(self.r, weights)
         prior = self._index.bincount(minlength=len(r)).to(f) / self.n
         each = (r * z.T).sum(1)
         t = f @ z
@@ -98,37 +124,49 @@ class FeatureMixture:
         Returns:
             The same as `FeatureMixture` of the other images alone would give.
         """
-        f, fold_of, h = mixed(self.f, weights), fold_of.to(self.f.device), self.f.shape[2]
+        f, fold_of, c = self._mix(weights), fold_of.to(self.means.device), self.r.shape[1]
         kept = torch.stack([fold_of != k for k in range(folds)], dim=1).to(f)  # [N, K]
-        n, c = kept.sum(0), self.r.shape[1]
+        n, h = kept.sum(0), f.shape[1]
         counts = torch.stack([self._index[fold_of != k].bincount(minlength=c) for k in range(folds)]).to(f)  # [K, C]
-        by_fold = class_sums(self.f, fold_of.long() * c + self._index, folds * c).unflatten(1, (folds, c))
-        sums = by_fold.sum(1, keepdim=True) - by_fold  # [M, K, C, h]
-        means = sums.sum(2) / n[:, None]
-        r = sums / counts.clamp_min(1)[..., None] - means[:, :, None]
-        r *= (counts / n[:, None]).sqrt()[..., None]  # nothing where a class has no image left
-        mean, mixed_r = mixed(means, weights), mixed(r, weights)
+        place = fold_of.long() * c + self._index
+
+        def without(centred: Tensor) -> tuple[Tensor, Tensor]:
+            """Means [K, h] and √π_c · (class means - means) [K, C, h] of centred features [N, h]."""
+            by_fold = class_sums(centred[None], place, folds * c)[0].unflatten(0, (folds, c))
+            sums = by_fold.sum(0) - by_fold
+            mean = sums.sum(1) / n[:, None]
+            r = sums / counts.clamp_min(1)[..., None] - mean[:, None]
+            return mean, r * (counts / n[:, None]).sqrt()[..., None]  # nothing where a class has no image left
+
+        mean, r = without(f)
         whole, discriminants = _square(f), []
         for k in range(folds):
             left_out = f[fold_of == k]
             covariance = (whole - left_out.T @ left_out) / n[k] - torch.outer(mean[k], mean[k])
             ridge = a * covariance.trace() / h
-            discriminants.append(solve_regularized((1 - a) * covariance, ridge, mixed_r[k].T, int(n[k])))
+            discriminants.append(solve_regularized((1 - a) * covariance, ridge, r[k].T, int(n[k])))
         z = torch.stack(discriminants)  # [K, h, C]
-        values = (1 - a) * (mixed_r * z.transpose(1, 2)).sum((1, 2))
         flat = z.transpose(0, 1).flatten(1)
         along, mean_along = f @ flat, torch.einsum("kh,khc->kc", mean, z)
         gradients = []
-        for features, m, own in zip(self.f, means.unbind(0), r, strict=True):  # tr(Zᵀ C_jα Z) and tr C_jα
-            inside = ((features @ flat) * along).unflatten(1, (folds, c)).sum(2)
-            inside = (inside * kept).sum(0) / n - (torch.einsum("kh,khc->kc", m, z) * mean_along).sum(1)
-            trace = ((features * f).sum(1) @ kept) / n - (m * mean).sum(1)
+        for i in range(len(self.means)):  # tr(Zᵀ C_iα Z) and tr C_iα
+            one = self.centred(i)
+            one_mean, one_r = without(one)
+            inside = ((one @ flat) * along).unflatten(1, (folds, c)).sum(2)
+            inside = (inside * kept).sum(0) / n - (torch.einsum("kh,khc->kc", one_mean, z) * mean_along).sum(1)
+            trace = ((one * f).sum(1) @ kept) / n - (one_mean * mean).sum(1)
             penalty = (1 - a) * inside + (a / h) * z.square().sum((1, 2)) * trace
-            gradients.append(2 * (1 - a) * ((own * z.transpose(1, 2)).sum((1, 2)) - penalty))
-        return values, torch.stack(gradients, dim=1)
+            gradients.append(2 * (1 - a) * ((one_r * z.transpose(1, 2)).sum((1, 2)) - penalty))
+        return (1 - a) * (r * z.transpose(1, 2)).sum((1, 2)), torch.stack(gradients, dim=1)
+
+    def _mix(self, weights: Tensor) -> Tensor:
+        """Σ α_i (f_i - mean_i), [N, h], float64."""
+        if self.features.is_cuda:
+            return mix(self.features, self.means, weights)
+        return mixed(self.features, weights) - mixed(self.means, weights)
 
     def _solve(self, weights: Tensor, a: float) -> tuple[Tensor, float, Tensor]:
-        f, r = mixed(self.f, weights), mixed(self.r, weights)
+        f, r = self._mix(weights), mixed(self.r, weights)
         n, h = f.shape
         sigma = f.square().sum() / (n * h)
         if n < h and a > _WOODBURY_FROM:

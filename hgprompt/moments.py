@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from hgprompt.errors import StatisticsError
+from hgprompt.kernels import moments as kernels
+from hgprompt.kernels.mixture import assemble, assemble_reference, block_products, block_products_reference, mix
 
 _IMAGES_AT_ONCE = 1024  # bounds the float64 copy of a batch
 
@@ -75,25 +77,33 @@ class Moments:
         """Add images: features [M, B, h] floating point, labels [B] int64."""
         for start in range(0, features.shape[1], _IMAGES_AT_ONCE):
             chosen = slice(start, start + _IMAGES_AT_ONCE)
-            self._update(features[:, chosen].double(), labels[chosen])
+            self._update(features[:, chosen], labels[chosen])
 
     def _update(self, x: Tensor, labels: Tensor) -> None:
         if self.centre is None:
-            self.centre = x.mean(1)
+            self.centre = x.double().mean(1)
             self._allocate(x.device)
-        y = x - self.centre[:, None]
-        self.count += y.shape[1]
-        self.sums += y.sum(1)
-        for i, row in enumerate(self.rows):
-            row += torch.einsum("bk,mbl->kml", y[i], y[i:])
         classes, index = labels.unique(return_inverse=True)
-        sums = class_sums(y, index, len(classes)).transpose(0, 1)
+        if x.is_cuda:
+            sums = kernels.class_sums(x, self.centre, index, len(classes))
+            # What the features lost to rounding is more than float32's products lose; float32 features have the
+            # library's float64 products.
+            add = kernels.add_moments if x.dtype.itemsize < 4 else kernels.add_moments_reference
+            add(self.rows, x, self.centre)
+            uniform = mix(x, self.centre, torch.full((len(x),), 1 / len(x), dtype=torch.float64))
+        else:
+            y = x.double() - self.centre[:, None]
+            sums = class_sums(y, index, len(classes))
+            for i, row in enumerate(self.rows):
+                row += torch.einsum("bk,mbl->kml", y[i], y[i:])
+            uniform = y.mean(0)
+        self.count += x.shape[1]
+        self.sums += sums.sum(1)
         counts = index.bincount(minlength=len(classes))
-        for label, number, total in zip(classes.tolist(), counts.tolist(), sums, strict=True):
+        for label, number, total in zip(classes.tolist(), counts.tolist(), sums.unbind(1), strict=True):
             self._add_class(label, number, total)
-        mixed = y.mean(0)
-        square = mixed.square().sum(1)
-        self.third += square @ mixed
+        square = uniform.square().sum(1)
+        self.third += square @ uniform
         self.fourth += square.square().sum()
 
     def merge(self, other: Moments) -> None:
@@ -160,20 +170,12 @@ class Moments:
 
     def quadratic(self, weights: Tensor) -> Tensor:
         """Σ_ij α_i α_j Σ y_i y_jᵀ, [h, h]: second moments of Σ α_i y_i about the pilot centre."""
-        total = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.sums.device)
-        weights = weights.to(total.device)
-        for i, row in enumerate(self.rows):
-            factors = weights[i] * weights[i:]
-            factors[1:] *= 2
-            total += torch.einsum("m,kml->kl", factors, row)
-        return (total + total.T) / 2
+        weights = weights.to(self.sums.device)
+        return (assemble if weights.is_cuda else assemble_reference)(self.rows, weights)
 
     def inner(self, matrix: Tensor) -> Tensor:
         """⟨G, Σ y_i y_jᵀ⟩ for all pairs, [M, M], with a symmetric G [h, h]."""
-        products = torch.zeros(self.num_prompts, self.num_prompts, dtype=torch.float64, device=self.sums.device)
-        for i, row in enumerate(self.rows):
-            products[i, i:] = torch.einsum("kl,kml->m", matrix, row)
-        return products + products.triu(1).T
+        return (block_products if matrix.is_cuda else block_products_reference)(self.rows, matrix)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers for `from_state_dict`."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hgprompt.errors import DataError, OptionError, PromptError
+from hgprompt.kernels.gram import gram, gram_reference
 from hgprompt.mixture import FeatureMixture, MomentMixture, class_means, is_constant
 from hgprompt.simplex import Function, Vector
 from hgprompt.statistics import EnsembleStatistics, check_labels
@@ -93,9 +94,7 @@ def alignment_loss(gradients: Tensor, weights: Tensor) -> Tensor:
 
 def gram_of(gradients: Tensor) -> Tensor:
     """Gram matrix K [M, M] (float64) of the normalised gradients [M, ...]; zero rows for zero gradients."""
-    g = unit_gradients(gradients.flatten(1))
-    gram = g @ g.T
-    return (gram + gram.T) / 2
+    return (gram if gradients.is_cuda else gram_reference)(gradients)
 
 
 def unit_gradients(gradients: Tensor) -> Tensor:

@@ -62,14 +62,13 @@ class FeatureProjection:
 
     def onto(self, basis: Tensor, known: int) -> ProjectedMixture:
         """The mixture in a basis [h, k] whose first `known` directions are those of the call before."""
-        f = self.mixture.f
-        new = f @ basis[:, known:].to(f.device)
+        new = self.mixture.project(basis[:, known:])
         if self._features is None or self._blocks is None or not known:
             self._features, self._blocks = new, _products(new, new, 0)
         else:
             self._features = torch.cat([self._features, new], dim=2)
             self._blocks = torch.cat([self._blocks, _products(new, self._features, known)], dim=1)
-        r = self.mixture.r @ basis.to(f.device)
+        r = self.mixture.r @ basis.to(new.device)
         return ProjectedMixture(
             (self._blocks / self.mixture.n).cpu(), r.cpu(), self.mixture.traces.cpu(), len(basis), self.mixture.n
         )

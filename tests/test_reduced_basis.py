@@ -19,9 +19,8 @@ def test_below_the_whole_and_exact_where_shown(seed, n, m, keep):
     score = HScore(statistics, shrinkage=0.05)
     reduced = ReducedHScore(score, capacity=20)
     points = np.random.default_rng(seed).dirichlet(np.ones(m), size=4)
-    shown = reduced.show(points[0], besides=list(np.eye(m))) + reduced.show(points[1])
-    assert shown[0] == pytest.approx(score(points[0])[0], rel=1e-9)
-    assert shown[1] == pytest.approx(score(np.eye(m)[0])[0], rel=1e-9)
+    reduced.take([score.evaluate(points[0])[1]], besides=[score.evaluate(vertex)[1] for vertex in np.eye(m)])
+    reduced.show(points[1])
     for point in points[:2]:
         value, gradient = score(point)
         ours, slope = reduced(point)
@@ -39,7 +38,6 @@ def test_a_full_basis_starts_again_from_the_latest():
         reduced.show(point)
         assert reduced.basis.shape[1] <= 10
         assert reduced(point)[0] == pytest.approx(score(point)[0], rel=1e-8)
-    assert reduced.evaluations == 6
 
 
 def test_directions_are_orthonormal():
