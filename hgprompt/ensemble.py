@@ -11,7 +11,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,15 @@ from hgprompt.encoder import Impl, check_prompts, encode, pull_back
 from hgprompt.errors import BackboneError, DataError, HGPromptError, HGPromptWarning, OptionError, of_a_worker
 from hgprompt.kernels.gram import grams, grams_reference
 from hgprompt.objective import Shrinkage, h_score
-from hgprompt.optimize import Solver, WeightProblem, check_options, jackknife_std
+from hgprompt.optimize import Solution, Solver, WeightProblem, check_options, jackknife_std
 from hgprompt.pool import PromptPool
 from hgprompt.progress import Progress, Reporter
 from hgprompt.result import EnsembleResult
 from hgprompt.sample import ImageSample
 from hgprompt.statistics import EnsembleStatistics, Keep, check_labels
+from hgprompt.stopping import StopRule
 from hgprompt.task_loss import FITTED, FittedHead, Head, fit_heads, given_loss, held_out_logits, inverse_temperatures
+from hgprompt.uncertainty import rank_std, weight_error
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,8 @@ def fast_ensemble(
     normalize: bool = True,
     solver: Solver = "quasi-newton",
     starts: int = 8,
-    tolerance: float = 1e-6,
+    tolerance: float | None = None,
+    gap_tolerance: float = 1e-6,
     max_steps: int = 200,
     learning_rate: float = 0.005,
     keep: Keep = "auto",
@@ -87,7 +90,10 @@ def fast_ensemble(
         folds: groups of images for cross-fitting and for the jackknife errors of the weights.
         preset: "paper" is Algorithm 1 to the letter: Eq. 5 unshrunk, H not divided by C-1, projected gradient from
             uniform with a fixed step (the paper gives none: 0.005, 1000 steps), gradients of all images.
-        normalize, solver, starts, tolerance, max_steps, learning_rate: as for `optimize_weights`.
+        normalize, solver, starts, max_steps, learning_rate: as for `optimize_weights`.
+        tolerance: stop reading as soon as ‖α - α_∞‖₁ is at most this with 90 % confidence (`hgprompt.stopping`; 0.1 is
+            a useful start); the loader must be shuffled. None: read all images.
+        gap_tolerance: Frank–Wolfe gap at which the solver stops.
         keep: what is kept of the features: "features", "moments", or "auto": whichever is smaller.
         micro_batch: image–prompt pairs in the network at one time; memory grows with it, not with M or N.
         impl: engine of the network, as for `encode`.
@@ -107,37 +113,53 @@ def fast_ensemble(
         raise OptionError(f"preset must be None or 'paper', got {preset!r}")
     check_options(lam=lam, shrinkage=shrinkage, solver=solver, starts=starts)
     _check_options(lam, gradient_images, folds, head)
+    if tolerance is not None and process_group is not None:
+        raise OptionError("tolerance cannot be combined with process_group: ranks would have to stop together")
+    rule = None if tolerance is None else StopRule(tolerance, folds)
     fitted = isinstance(head, str)
     # What is made inside inference mode passes no gradient, so a caller's inference mode is suspended.
     with torch.inference_mode(False), Progress.of(progress) as report:
         names, stack, vit = _resolve(prompts, backbone, device, dtype)
         operations.select(vit, impl)
         gather = _Pass(vit, stack, names, folds=folds, keep=keep, micro_batch=micro_batch, impl=impl)
-        if fitted:
-            sample = ImageSample(gradient_images, folds, seed)
-            gather.stream(loader, report, sample=sample)
-        else:
-            sample = ImageSample(0, folds, seed)
-            gather.stream(loader, report, loss=given_loss(head, len(stack)))
+        sample = ImageSample(gradient_images if fitted else 0, folds, seed)
+
+        def answer(*, pull_back: bool) -> _Answer:
+            """α of all images so far. Gradients of a closed-form head are pulled back anew, or stay as they are."""
+            if fitted and gradient_images != 0 and pull_back:
+                gather.pull_back_sample(head, sample, report, process_group)  # type: ignore[arg-type]
+            total, fold_grams = _grams(gather.reduce_gradients(process_group), names)
+            problem = WeightProblem(
+                gather.statistics, total, shrinkage=shrinkage, normalize=normalize, starts=starts,
+                tolerance=gap_tolerance, max_steps=max_steps, seed=seed,
+            )  # fmt: skip
+            solution = problem.solve(lam, solver=solver, learning_rate=learning_rate)
+            without_fold = problem.jackknife(solution, fold_grams, lam, solver=solver, learning_rate=learning_rate)
+            return _Answer(problem, solution, without_fold, total)
+
+        stopped: _Answer | None = None
+        loss = None if fitted else given_loss(head, len(stack))
+        for labels in gather.stream(loader, report, sample=sample, loss=loss):
+            if rule is None or not rule.due(labels) or not _is_problem(gather.statistics):
+                continue
+            now = answer(pull_back=gather.num_gradient_images == 0)
+            if rule.look(now.solution.weights, now.without_fold):
+                # The sample has grown since its gradients were taken: with new ones the answer must hold too.
+                now = answer(pull_back=True) if fitted and lam > 0 else now
+                if rule.look(now.solution.weights, now.without_fold):
+                    stopped = now
+                    break
         gather.reduce_statistics(process_group)
         _check_problem(gather.statistics)
-        if fitted and gradient_images != 0:
-            gather.pull_back_sample(head, sample, report, process_group)  # type: ignore[arg-type]
-        gradients = gather.reduce_gradients(process_group)
         report("weights", 0, None)
-        total, fold_grams = _grams(gradients, names)
-        problem = WeightProblem(
-            gather.statistics, total, shrinkage=shrinkage, normalize=normalize, starts=starts, tolerance=tolerance,
-            max_steps=max_steps, seed=seed,
-        )  # fmt: skip
-        solution = problem.solve(lam, solver=solver, learning_rate=learning_rate)
-        without_fold = problem.jackknife(solution, fold_grams, lam, solver=solver, learning_rate=learning_rate)
+        problem, solution, without_fold, total = stopped or answer(pull_back=True)
         weights, found = solution
         mixed = torch.tensordot(weights, stack.to("cpu", torch.float64), dims=1).to(stack.dtype)
         sample_h, sample_h_mixed = math.nan, math.nan
         if process_group is None:  # each rank has a sample of its own, and all must return the same
             sample_h, sample_h_mixed = _mixing_gap(gather, sample, weights, mixed, found.intensity)
 
+    covariance = problem.source_covariance
     nan = torch.full((len(names), len(names)), math.nan, dtype=torch.float64)
     return EnsembleResult(
         weights=weights,
@@ -148,10 +170,15 @@ def fast_ensemble(
         objective=found.objective,
         gap=found.gap,
         converged=found.converged,
+        h_score_std=problem.h_score_std(weights),
         source_h_scores=found.source_h_scores,
+        source_h_score_std=covariance.diagonal().sqrt(),
+        source_rank_std=rank_std(found.source_h_scores, covariance),
         uniform_h_score=found.uniform_h_score,
         gradient_cosines=nan if total is None else total,
         weight_std=jackknife_std(without_fold),
+        weight_error=weight_error(without_fold) if rule is None or stopped is None else rule.error,
+        stop_reason="end of data" if stopped is None else "tolerance reached",
         n_images=gather.statistics.num_images,
         n_classes=len(gather.statistics.classes),
         n_gradient_images=gather.num_gradient_images,
@@ -163,11 +190,21 @@ def fast_ensemble(
         lam=float(lam),
         settings={
             "shrinkage": shrinkage, "normalize": normalize, "solver": solver, "starts": starts, "tolerance": tolerance,
-            "seed": seed, "folds": folds, "gradient_images": gradient_images, "preset": preset,
-            "head": head if isinstance(head, str) else "given", "dtype": str(vit.dtype).removeprefix("torch."),
+            "gap_tolerance": gap_tolerance, "seed": seed, "folds": folds, "gradient_images": gradient_images,
+            "preset": preset, "head": head if isinstance(head, str) else "given",
+            "dtype": str(vit.dtype).removeprefix("torch."),
         },
         backbone=vit.info,
     )  # fmt: skip
+
+
+class _Answer(NamedTuple):
+    """What is known after some images: α, α without each fold [folds, M], the Gram matrix of the gradients."""
+
+    problem: WeightProblem
+    solution: Solution
+    without_fold: Tensor
+    gram: Tensor | None
 
 
 class _Pass:
@@ -203,8 +240,9 @@ class _Pass:
         *,
         sample: ImageSample | None = None,
         loss: Callable[[Tensor, Tensor, slice], Tensor] | None = None,
-    ) -> None:
-        """Read the loader once. With a loss, each batch goes forward and backward at once."""
+    ) -> Iterator[Tensor]:
+        """Read the loader once, and yield the labels of each batch when it is done. With a loss, each batch goes
+        forward and backward at once."""
         total = _length(loader)
         report("images", 0, total)
         for done, (images, labels) in enumerate(_ahead(_batches(loader, self.vit), self.vit.device), start=1):
@@ -217,9 +255,11 @@ class _Pass:
             if sample is not None:
                 sample.update(images, labels, features)
             report("images", done, total)
+            yield labels
 
     def pull_back_sample(self, head: FittedHead, sample: ImageSample, report: Reporter, group: Any) -> None:
         """Gradients of closed-form heads, each fitted without the fold that it scores, at the held-out temperature."""
+        self.gradients, self.num_gradient_images = None, 0
         parts = [sample.fold(k) for k in range(self.folds)]
         heads = fit_heads(head, self.statistics, device=self.vit.device)
         logits, targets = held_out_logits(heads, [f for _, _, f in parts], [y for _, y, _ in parts])
@@ -407,6 +447,11 @@ def _check_problem(statistics: EnsembleStatistics) -> None:
             f"{statistics.num_images} images of as many classes say nothing of the spread within a class: "
             "give several images of each"
         )
+
+
+def _is_problem(statistics: EnsembleStatistics) -> bool:
+    """Whether there is anything to solve yet."""
+    return 2 <= len(statistics.classes) < statistics.num_images
 
 
 def _grams(gradients: Tensor | None, names: Sequence[str]) -> tuple[Tensor | None, list[Tensor] | None]:

@@ -152,7 +152,7 @@ class WeightProblem:
 
     def h_score_std(self, weights: Tensor) -> float:
         """Standard error of H at α [M], see `hgprompt.uncertainty`."""
-        return h_score_std(self.score, weights.numpy())
+        return h_score_std(self.statistics, self.score, weights.numpy())
 
     def solve(self, lam: float, *, solver: Solver = "quasi-newton", learning_rate: float = 0.005) -> Solution:
         """The best of several starts for one λ; arguments as for `optimize_weights`."""

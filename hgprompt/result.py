@@ -14,7 +14,10 @@ from torch import Tensor
 from hgprompt.errors import FileFormatError
 from hgprompt.pool import BackboneInfo
 
-_TENSORS = ("weights", "prompt", "source_h_scores", "gradient_cosines", "weight_std")
+_VERSION = 2
+_TENSORS = (
+    "weights", "prompt", "source_h_scores", "source_h_score_std", "source_rank_std", "gradient_cosines", "weight_std",
+)  # fmt: skip
 _DATA_FILE, _REPORT_FILE = "ensemble.safetensors", "report.json"
 
 
@@ -28,10 +31,15 @@ class EnsembleResult:
         h_score: H(Σ α_i f_i), raw (at most C-1), shrunk with `shrinkage_intensity`.
         alignment_loss: L_align(α); NaN without gradients. objective: what was minimised.
         gap: Frank–Wolfe gap of the objective at α; converged: it reached the tolerance.
-        source_h_scores: H of each prompt alone [M], with the same intensity.
+        h_score_std: standard error of H at these weights.
+        source_h_scores: H of each prompt alone [M], with the same intensity. source_h_score_std: their standard errors.
+        source_rank_std: standard error of each prompt's rank among them [M] (0 where it is certain).
         uniform_h_score: H at uniform weights: how much there was to gain.
         gradient_cosines: ⟨ĝ_i, ĝ_j⟩ [M, M]; NaN without gradients.
         weight_std: jackknife standard error of α [M]; NaN with fewer than two folds.
+        weight_error: bound on ‖α - α_∞‖₁ with 90 % confidence, α_∞ being that of endlessly many such images; NaN with
+            fewer than two folds. With a tolerance it is at least what α has moved by since half the images.
+        stop_reason: "end of data", or "tolerance reached": weight_error fell to the tolerance that was asked for.
         n_images, n_classes: what the pass saw. n_gradient_images: of these, how many the gradients come from.
         sample_h_score, sample_h_score_mixed_prompt: on the gradient images alone, H of the mixed features and of the
             features under the mixed prompt: mixing features (Eq. 4) is not mixing prompts (Eq. 2), and their
@@ -44,14 +52,19 @@ class EnsembleResult:
     names: tuple[str, ...]
     prompt: Tensor
     h_score: float
+    h_score_std: float
     alignment_loss: float
     objective: float
     gap: float
     converged: bool
     source_h_scores: Tensor
+    source_h_score_std: Tensor
+    source_rank_std: Tensor
     uniform_h_score: float
     gradient_cosines: Tensor
     weight_std: Tensor
+    weight_error: float
+    stop_reason: str
     n_images: int
     n_classes: int
     n_gradient_images: int
@@ -81,6 +94,8 @@ class EnsembleResult:
             "weights": dict(zip(self.names, self.weights.tolist(), strict=True)),
             "weight_std": dict(zip(self.names, self.weight_std.tolist(), strict=True)),
             "source_h_scores": dict(zip(self.names, self.source_h_scores.tolist(), strict=True)),
+            "source_h_score_std": dict(zip(self.names, self.source_h_score_std.tolist(), strict=True)),
+            "source_rank_std": dict(zip(self.names, self.source_rank_std.tolist(), strict=True)),
             **{k: v for k, v in record.items() if k not in ("format", "version", "names")},
         }
         write_text(directory / _REPORT_FILE, json.dumps(jsonable(report), indent=2, allow_nan=False) + "\n")
@@ -96,8 +111,11 @@ class EnsembleResult:
 
         path = Path(directory) / _DATA_FILE
         tensors, record = read_safetensors(path)
-        if record.get("format") != "hgprompt-ensemble" or record.get("version") != 1:
-            raise FileFormatError(f"{path} is no hgprompt ensemble of version 1 (it says {record.get('format')!r})")
+        if record.get("format") != "hgprompt-ensemble" or record.get("version") != _VERSION:
+            raise FileFormatError(
+                f"{path} is no hgprompt ensemble of version {_VERSION} "
+                f"(it says {record.get('format')!r}, version {record.get('version')!r})"
+            )
         try:
             fields = {f.name: record[f.name] for f in dataclasses.fields(cls) if f.name not in _TENSORS}
             fields |= {name: tensors[name] for name in _TENSORS}
@@ -112,7 +130,8 @@ class EnsembleResult:
             raise FileFormatError(f"{path} is incomplete or not understood: {error}") from error
         m = len(result.names)
         for name, shape in {
-            "weights": (m,), "weight_std": (m,), "source_h_scores": (m,), "gradient_cosines": (m, m)
+            "weights": (m,), "weight_std": (m,), "source_h_scores": (m,), "source_h_score_std": (m,),
+            "source_rank_std": (m,), "gradient_cosines": (m, m),
         }.items():  # fmt: skip
             if tuple(tensors[name].shape) != shape:
                 raise FileFormatError(f"{path}: {name} is {list(tensors[name].shape)}, expected {list(shape)}")
@@ -127,10 +146,10 @@ class EnsembleResult:
     def __str__(self) -> str:
         order = torch.argsort(self.weights, descending=True).tolist()
         width = max(len(name) for name in self.names)
-        lines = [f"{'prompt':{width}}   weight     std  H alone"]
+        lines = [f"{'prompt':{width}}   weight     std  H alone     std"]
         lines += [
             f"{self.names[i]:{width}}   {self.weights[i]:6.3f}  {self.weight_std[i]:6.3f}  "
-            f"{self.source_h_scores[i]:7.3f}"
+            f"{self.source_h_scores[i]:7.3f} {self.source_h_score_std[i]:7.3f}"
             for i in order
         ]
         lines.append(
@@ -138,24 +157,29 @@ class EnsembleResult:
             f"alignment loss {self.alignment_loss:.3f}, gap {self.gap:.1e}, "
             f"{self.n_images} images, {self.n_classes} classes"
         )
+        if self.stop_reason != "end of data":
+            lines.append(f"stopped early: α is known to {self.weight_error:.3f} (L1)")
         return "\n".join(lines)
 
     def _record(self) -> dict[str, Any]:
         record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _TENSORS}
         record["backbone"] = self.backbone.to_dict()
-        plain: dict[str, Any] = jsonable({"format": "hgprompt-ensemble", "version": 1, **record})
+        plain: dict[str, Any] = jsonable({"format": "hgprompt-ensemble", "version": _VERSION, **record})
         return plain
 
 
 def _check_types(fields: dict[str, Any]) -> None:
     """Raise TypeError for a field of another type than a result has."""
-    for name in ("h_score", "alignment_loss", "objective", "gap", "uniform_h_score", "sample_h_score",
+    for name in ("h_score", "h_score_std", "weight_error", "alignment_loss", "objective", "gap", "uniform_h_score",
+                 "sample_h_score",
                  "sample_h_score_mixed_prompt", "shrinkage_intensity", "lam", "n_images", "n_classes",
                  "n_gradient_images", "kept_bytes"):  # fmt: skip
         if not isinstance(fields[name], (int, float)):
             raise TypeError(f"{name} is no number")
     if not all(isinstance(n, str) for n in fields["names"]) or not all(type(c) is int for c in fields["classes"]):
         raise TypeError("names are texts and classes integers")
+    if not isinstance(fields["stop_reason"], str):
+        raise TypeError("stop_reason is no text")
     if not isinstance(fields["converged"], bool) or not isinstance(fields["settings"], dict):
         raise TypeError("converged or settings are of another type")
 

@@ -7,12 +7,14 @@ only moments are; α has the delete-one-group jackknife.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from hgprompt.mixture import FeatureMixture, MomentMixture
-from hgprompt.moments import merged
+from hgprompt.moments import Moments, merged
 from hgprompt.objective import HScore
 from hgprompt.simplex import Vector
 from hgprompt.statistics import EnsembleStatistics
@@ -20,13 +22,13 @@ from hgprompt.statistics import EnsembleStatistics
 _DRAWS = 4000
 
 
-def h_score_std(score: HScore, weights: Vector) -> float:
+def h_score_std(statistics: EnsembleStatistics, score: HScore, weights: Vector) -> float:
     """Standard error of H at α [M], both α and the intensity held fixed; NaN where there is nothing to tell from."""
     if isinstance(score.mixture, FeatureMixture):
         _, z = score.evaluate(weights)
         influence = score.mixture.influence(torch.from_numpy(weights), score.intensity, z)
         return float(influence.square().sum().sqrt()) / len(influence)
-    values = torch.tensor([value for value, _ in score.without_folds(weights)], dtype=torch.float64)
+    values = _without_folds(statistics.mixture_moments(torch.from_numpy(weights)), score.intensity)
     return float(_jackknife_covariance(values[:, None]).sqrt())
 
 
@@ -51,14 +53,7 @@ def source_covariance(statistics: EnsembleStatistics, intensity: float, influenc
     """
     if influence is not None:
         return influence @ influence.T / influence.shape[1] ** 2
-    one = torch.ones(1, dtype=torch.float64)
-    values = []
-    for i in range(statistics.num_prompts):
-        parts = statistics.prompt_moments(i)
-        if len(parts) < 2 or min(p.count for p in parts) == 0:
-            return torch.full((statistics.num_prompts,) * 2, torch.nan, dtype=torch.float64)
-        left = [MomentMixture(merged(parts, k)) for k in range(len(parts))]
-        values.append(torch.tensor([m.discriminants(one, intensity)[0] for m in left], dtype=torch.float64))
+    values = [_without_folds(statistics.prompt_moments(i), intensity) for i in range(statistics.num_prompts)]
     return _jackknife_covariance(torch.stack(values, dim=1))
 
 
@@ -101,10 +96,17 @@ def weight_error(weights_without_fold: Tensor, *, confidence: float = 0.9, seed:
     return float(np.quantile(np.abs(draws).sum(axis=1), confidence))
 
 
+def _without_folds(by_fold: Sequence[Moments], intensity: float) -> Tensor:
+    """H [K] of one prompt's or mixture's features without each fold in turn; NaN where a fold is empty or alone."""
+    if len(by_fold) < 2 or min(part.count for part in by_fold) == 0:
+        return torch.full((len(by_fold),), torch.nan, dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64)
+    left = (MomentMixture(merged(by_fold, k)) for k in range(len(by_fold)))
+    return torch.tensor([mixture.discriminants(one, intensity)[0] for mixture in left], dtype=torch.float64)
+
+
 def _jackknife_covariance(replicates: Tensor) -> Tensor:
     """Covariance [Q, Q] of Q quantities, from their values with each of K folds left out [K, Q]."""
     folds = len(replicates)
-    if folds < 2:
-        return torch.full((replicates.shape[1],) * 2, torch.nan, dtype=torch.float64)
     centred = replicates - replicates.mean(0)
     return (folds - 1) / folds * centred.T @ centred

@@ -1,0 +1,99 @@
+"""When to stop reading images: as soon as α is known well enough."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from hgprompt.errors import HGPromptWarning, OptionError
+from hgprompt.uncertainty import weight_error
+
+logger = logging.getLogger(__name__)
+
+FIRST = 64
+"""Images before the first look at α."""
+GROWTH = 1.5
+"""How many times as many images the next look has: looks cost solves, and a stop comes too late by half of this."""
+
+
+class StopRule:
+    """Stops where a bound on ‖α - α_∞‖₁ falls to the tolerance.
+
+    The bound is the larger of two: what the sampling of the images leaves open (`weight_error`), and how far α has
+    moved since half the images. The second sees what no resampling does, the drift of α as the shrinkage of the
+    covariance fades: a drift of b/N moves α from N/2 to N by as much as is still to come.
+
+    It asks for a shuffled stream: as long as the labels of the first and of the second half are not of one mixture, it
+    lets the stream run on, with a warning.
+
+    Args:
+        tolerance: on ‖α - α_∞‖₁, above 0 (2 is the largest distance there is). folds: of the statistics.
+
+    Attributes:
+        error: the bound at the last look; NaN before.
+    """
+
+    def __init__(self, tolerance: float, folds: int) -> None:
+        if not tolerance > 0:
+            raise OptionError(f"tolerance must be positive (an L1 distance of weights), got {tolerance}")
+        if folds < 2:
+            raise OptionError("tolerance needs an estimate of the error: folds must be at least 2")
+        self.tolerance = tolerance
+        self.error = math.nan
+        self._next = max(FIRST, 4 * folds)
+        self._labels: list[Tensor] = []
+        self._looks: list[tuple[int, Tensor]] = []
+        self._warned = False
+
+    @property
+    def num_images(self) -> int:
+        """Images seen."""
+        return sum(len(y) for y in self._labels)
+
+    def due(self, labels: Tensor) -> bool:
+        """Note the labels [B] of one more batch. Is it time to look at α?"""
+        self._labels.append(labels)
+        if self.num_images < self._next:
+            return False
+        self._next = math.ceil(self.num_images * GROWTH)
+        if looks_shuffled(torch.cat(self._labels)):
+            return True
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "the labels of the first and the second half of the images differ too much for a shuffled stream: "
+                "reading on, since a part of a sorted stream says nothing of the rest; shuffle it",
+                HGPromptWarning,
+                stacklevel=4,
+            )
+        return False
+
+    def look(self, weights: Tensor, weights_without_fold: Tensor) -> bool:
+        """Note α [M], and α with each fold left out [K, M], of all images so far. Is it known well enough?"""
+        self._looks = [(n, w) for n, w in self._looks if n < self.num_images] + [(self.num_images, weights)]
+        self.error = max(weight_error(weights_without_fold), self._moved(weights))
+        logger.info("%d images: α is known to %.3f (L1)", self.num_images, self.error)
+        return self.error <= self.tolerance
+
+    def _moved(self, weights: Tensor) -> float:
+        earlier = [w for n, w in self._looks if 2 * n <= self.num_images]
+        return float((weights - earlier[-1]).abs().sum()) if earlier else math.inf
+
+
+def looks_shuffled(labels: Tensor) -> bool:
+    """Whether the labels [N] of the two halves of a stream may come from one mixture of classes: a chi-squared test of
+    homogeneity, which a shuffled stream fails once in 10,000 times."""
+    half = len(labels) // 2
+    _, index = labels[: 2 * half].unique(return_inverse=True)
+    classes = int(index.max()) + 1 if half else 0
+    if classes < 2:
+        return half > 0
+    first, second = (part.bincount(minlength=classes).double() for part in (index[:half], index[half:]))
+    statistic = float(((first - second).square() / (first + second)).sum())
+    spread = 2 / (9 * (classes - 1))
+    quantile = (classes - 1) * (1 - spread + 3.72 * math.sqrt(spread)) ** 3  # Wilson & Hilferty 1931
+    return statistic <= quantile
