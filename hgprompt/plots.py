@@ -47,7 +47,11 @@ def plot_ensemble(result: EnsembleResult, path: str | Path) -> None:
     _draw_weights(axes[0], names, result.weights[order].numpy(), errors, "± jackknife standard error")
 
     scores = result.source_h_scores[order].numpy()
-    axes[1].scatter(scores, range(m), color=ORANGE, s=45, label="prompt alone", zorder=3)
+    spread = result.source_h_score_std[order].nan_to_num().numpy()
+    axes[1].errorbar(
+        scores, range(m), xerr=spread, fmt="o", color=ORANGE, markersize=6.5, elinewidth=1.2, zorder=3,
+        label="prompt alone ± std",
+    )  # fmt: skip
     axes[1].axvline(result.h_score, color=BLUE, label="this mixture")
     axes[1].axvline(result.uniform_h_score, color=GREY, linestyle="--", label="uniform mixture")
     axes[1].set(title=f"H-score\n(at most {result.n_classes - 1})", xlabel="H on the new task")

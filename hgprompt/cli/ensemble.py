@@ -28,6 +28,13 @@ def ensemble(
     shrinkage: Annotated[
         str, typer.Option(help="auto, ledoit-wolf, oas, or a number in [0, 1); 0 is Eq. 5 to the letter.")
     ] = "auto",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Stop reading images when the weights are known to this L1 distance (0.1, say) with 90 % confidence; "
+            "the images are shuffled then. Default: read all."
+        ),
+    ] = None,
     paper: Annotated[
         bool, typer.Option("--paper", help="Algorithm 1 to the letter (slower, and often saturated).")
     ] = False,
@@ -46,6 +53,8 @@ def ensemble(
     Reads the images once. Writes the mixed prompt, the weights and their reasons into the output folder; 'tune' starts
     from it.
     """
+    import torch
+
     from hgprompt.cli import show
     from hgprompt.data import ImageDataset
     from hgprompt.data.folders import available_cores
@@ -63,8 +72,12 @@ def ensemble(
         if isinstance(images, ImageDataset):
             from torch.utils.data import DataLoader
 
-            loader = DataLoader(images, batch_size, num_workers=available_cores())
+            order = torch.Generator().manual_seed(seed)
+            shuffle = tolerance is not None
+            loader = DataLoader(images, batch_size, shuffle=shuffle, generator=order, num_workers=available_cores())
         else:
+            if tolerance is not None:
+                images = images.subset(torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)))
             loader = images.batches(batch_size)
         result = fast_ensemble(
             prompts,
@@ -72,6 +85,7 @@ def ensemble(
             backbone=vit,
             lam=lam,
             shrinkage=_shrinkage(shrinkage),
+            tolerance=tolerance,
             preset="paper" if paper else None,
             seed=seed,
             progress=not (quiet or as_json),

@@ -35,11 +35,14 @@ def ensemble_numbers(result: EnsembleResult) -> dict[str, Any]:
     keys = (
         "h_score", "uniform_h_score", "alignment_loss", "objective", "gap", "converged", "n_images", "n_classes",
         "n_gradient_images", "sample_h_score", "sample_h_score_mixed_prompt", "shrinkage_intensity", "lam",
+        "h_score_std", "weight_error", "stop_reason",
     )  # fmt: skip
     return {
         "weights": dict(zip(result.names, result.weights.tolist(), strict=True)),
         "weight_std": dict(zip(result.names, result.weight_std.tolist(), strict=True)),
         "source_h_scores": dict(zip(result.names, result.source_h_scores.tolist(), strict=True)),
+        "source_h_score_std": dict(zip(result.names, result.source_h_score_std.tolist(), strict=True)),
+        "source_rank_std": dict(zip(result.names, result.source_rank_std.tolist(), strict=True)),
         "gradient_cosines": result.gradient_cosines.tolist(),
     } | {key: getattr(result, key) for key in keys}
 
@@ -50,27 +53,35 @@ def print_ensemble(result: EnsembleResult, title: str) -> None:
 
     console, table = _table(f"{title}: how much of each prompt")
     table.add_column("prompt")
-    for column in ("weight", "± std", "H alone", "gradient · mixture"):
+    for column in ("weight", "± std", "H alone", "± std", "gradient · mixture"):
         table.add_column(column, justify="right")
     table.add_column("")
     along = result.gradient_cosines @ result.weights
     norm = float((result.weights @ result.gradient_cosines @ result.weights).clamp_min(0).sqrt())
     for i in result.weights.argsort(descending=True).tolist():
         cosine = float(along[i]) / norm if norm > 0 else float("nan")
-        row = (result.weights[i], result.weight_std[i], result.source_h_scores[i], cosine)
+        h, h_std = result.source_h_scores[i], result.source_h_score_std[i]
+        row = (result.weights[i], result.weight_std[i], h, h_std, cosine)
         bar = "█" * round(24 * float(result.weights[i]))
         table.add_row(escape(result.names[i]), *(f"{float(value):.3f}" for value in row), bar)
     console.print(table)
     console.print(
-        f"H of the mixture {result.h_score:.3f}, of the uniform mixture {result.uniform_h_score:.3f}, at most "
-        f"{result.n_classes - 1}; alignment loss {result.alignment_loss:.3f}; "
+        f"H of the mixture {result.h_score:.3f} ± {result.h_score_std:.3f}, of the uniform mixture "
+        f"{result.uniform_h_score:.3f}, at most {result.n_classes - 1}; alignment loss {result.alignment_loss:.3f}; "
         f"{'converged' if result.converged else 'NOT converged'} to a gap of {result.gap:.1e}"
     )
     console.print(
-        f"{result.n_images} images of {result.n_classes} classes, gradients from {result.n_gradient_images} of them; "
+        f"{result.n_images} images of {result.n_classes} classes"
+        f"{_how_it_stopped(result)}; gradients from {result.n_gradient_images} of them; "
         f"on these, H of mixed features {result.sample_h_score:.3f}, of the mixed prompt "
         f"{result.sample_h_score_mixed_prompt:.3f}"
     )
+
+
+def _how_it_stopped(result: EnsembleResult) -> str:
+    if result.stop_reason == "end of data":
+        return ""
+    return f", enough to know the weights to {result.weight_error:.3f} (L1, 90 % confidence)"
 
 
 def print_pool(pool: PromptPool, title: str = "") -> None:

@@ -1,0 +1,130 @@
+"""The stop rule: when it looks, what it needs to be sure, and streams that it does not trust."""
+
+from __future__ import annotations
+
+import itertools
+
+import literal
+import numpy as np
+import pytest
+import torch
+
+from hgprompt import HGPromptWarning, OptionError, fast_ensemble
+from hgprompt.stopping import FIRST, GROWTH, StopRule, looks_shuffled
+
+
+def _sure(*weights: float) -> tuple[torch.Tensor, torch.Tensor]:
+    w = torch.tensor(weights, dtype=torch.float64)
+    return w, w.expand(8, -1)
+
+
+def test_looks_come_after_growing_numbers_of_images():
+    rule = StopRule(0.1, folds=8)
+    labels = torch.arange(5000) % 3
+    looks = [n for n in range(10, 5001, 10) if rule.due(labels[n - 10 : n])]
+    assert looks[0] >= FIRST
+    assert all(GROWTH * a <= b <= GROWTH * a + 10 for a, b in itertools.pairwise(looks))
+
+
+def test_one_look_is_never_enough():
+    rule = StopRule(0.1, folds=8)
+    rule.due(torch.arange(100) % 3)
+    assert not rule.look(*_sure(0.5, 0.5))
+    assert rule.error == float("inf")
+    rule.due(torch.arange(99) % 3)  # 199: not yet twice as many
+    assert not rule.look(*_sure(0.5, 0.5))
+    rule.due(torch.arange(1) % 3)
+    assert rule.look(*_sure(0.5, 0.5))
+    assert rule.error == 0
+
+
+def test_weights_that_still_move_are_not_known():
+    rule = StopRule(0.1, folds=8)
+    for weights, stop in (((0.5, 0.5), False), ((0.7, 0.3), False), ((0.72, 0.28), True)):
+        rule.due(torch.arange(rule.num_images or 100) % 3)
+        assert rule.look(*_sure(*weights)) == stop
+    assert rule.error == pytest.approx(0.04)
+
+
+def test_folds_that_disagree_are_not_known():
+    rule = StopRule(0.1, folds=2)
+    rule.due(torch.arange(100) % 3)
+    rule.look(*_sure(0.5, 0.5))
+    rule.due(torch.arange(100) % 3)
+    w = torch.tensor([[0.4, 0.6], [0.6, 0.4]], dtype=torch.float64)
+    assert not rule.look(w.mean(0), w)
+    assert 0.1 < rule.error < 4
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_shuffled_streams_are_trusted(classes):
+    rng = np.random.default_rng(0)
+    failed = sum(not looks_shuffled(torch.from_numpy(rng.integers(0, classes, 400))) for _ in range(500))
+    assert failed <= 3  # 0.05 are to be expected; the test is approximate where a class has few images
+
+
+@pytest.mark.parametrize("n", [100, 1001])
+def test_sorted_streams_are_not(n):
+    labels = torch.arange(n) * 5 // n
+    assert not looks_shuffled(labels)
+    assert not looks_shuffled(torch.zeros(n, dtype=torch.int64).index_fill(0, torch.arange(n // 2, n), 1))
+    assert looks_shuffled(labels[torch.randperm(n, generator=torch.Generator().manual_seed(0))])
+
+
+def test_streams_of_one_class_or_none():
+    assert looks_shuffled(torch.zeros(10, dtype=torch.int64))
+    assert not looks_shuffled(torch.zeros(0, dtype=torch.int64))
+
+
+def _endless(seed: int, limit: int, *, by_class: bool = False):
+    """Batches of images in which class shows plainly; counts how many were asked for."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 2, (limit,), generator=generator)
+    if by_class:
+        labels = labels.sort().values
+    for start in range(0, limit, 16):
+        y = labels[start : start + 16]
+        images = torch.randn(len(y), 3, 16, 16, generator=generator)
+        images[:, 0] += 2.0 * y[:, None, None]
+        yield images.double(), y
+
+
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+def test_a_stream_is_read_until_alpha_is_known(lam):
+    model = literal.tiny_vit().double()
+    prompts = torch.randn(3, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    stream = _endless(0, 4000)
+    result = fast_ensemble(prompts, stream, backbone=model, lam=lam, tolerance=0.3, gradient_images=64)
+    assert result.stop_reason == "tolerance reached"
+    assert result.n_images < 4000
+    assert result.weight_error <= 0.3
+    assert len(list(stream)) == (4000 - result.n_images) // 16  # not one batch more was read
+    again = fast_ensemble(
+        prompts, list(_endless(0, 4000))[: result.n_images // 16], backbone=model, lam=lam, gradient_images=64
+    )
+    assert again.stop_reason == "end of data"
+    torch.testing.assert_close(again.weights, result.weights)
+
+
+def test_a_tolerance_out_of_reach_reads_everything():
+    model = literal.tiny_vit().double()
+    prompts = torch.randn(3, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with_rule = fast_ensemble(prompts, _endless(0, 320), backbone=model, lam=0.0, tolerance=1e-9)
+    without = fast_ensemble(prompts, _endless(0, 320), backbone=model, lam=0.0)
+    assert with_rule.stop_reason == "end of data"
+    # Features became moments at the same image, but in batches of other lengths: other last bits.
+    torch.testing.assert_close(with_rule.weights, without.weights, rtol=1e-6, atol=1e-6)
+
+
+def test_a_sorted_stream_is_read_to_its_end():
+    model = literal.tiny_vit().double()
+    prompts = torch.randn(3, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with pytest.warns(HGPromptWarning, match="shuffle"):
+        result = fast_ensemble(prompts, _endless(0, 320, by_class=True), backbone=model, lam=0.0, tolerance=2.0)
+    assert result.n_images == 320
+
+
+@pytest.mark.parametrize("options", [{"tolerance": 0.0}, {"tolerance": -1}, {"tolerance": 0.1, "folds": 1}], ids=str)
+def test_bad_tolerances(options):
+    with pytest.raises(OptionError):
+        fast_ensemble(torch.randn(2, 2, 16), [], backbone=literal.tiny_vit(), **options)
