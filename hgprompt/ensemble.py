@@ -6,11 +6,10 @@ the prompts become a Gram matrix; everything after the stream is small, exact li
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,24 +17,21 @@ from torch import Tensor, nn
 
 from hgprompt import operations
 from hgprompt.backbone import FrozenViT
-from hgprompt.bundled import load_backbone
-from hgprompt.encoder import Impl, check_prompts, encode, pull_back
-from hgprompt.errors import BackboneError, DataError, HGPromptError, HGPromptWarning, OptionError, of_a_worker
+from hgprompt.encoder import Impl, encode, pull_back
+from hgprompt.errors import DataError, HGPromptWarning, OptionError
+from hgprompt.inputs import Prompts, num_batches, read, resolve
 from hgprompt.kernels.gram import grams, grams_reference
 from hgprompt.objective import Shrinkage, h_score
 from hgprompt.optimize import Solution, Solver, WeightProblem, check_options, jackknife_std
-from hgprompt.pool import PromptPool
 from hgprompt.progress import Progress, Reporter
 from hgprompt.result import EnsembleResult
 from hgprompt.sample import ImageSample
-from hgprompt.statistics import EnsembleStatistics, Keep, check_labels
+from hgprompt.statistics import EnsembleStatistics, Keep
 from hgprompt.stopping import StopRule
 from hgprompt.task_loss import FITTED, FittedHead, Head, fit_heads, given_loss, held_out_logits, inverse_temperatures
 from hgprompt.uncertainty import rank_std, weight_error
 
 logger = logging.getLogger(__name__)
-
-Prompts = PromptPool | Mapping[str, Tensor] | Sequence[Tensor] | Tensor
 
 
 def fast_ensemble(
@@ -119,7 +115,8 @@ def fast_ensemble(
     fitted = isinstance(head, str)
     # What is made inside inference mode passes no gradient, so a caller's inference mode is suspended.
     with torch.inference_mode(False), Progress.of(progress) as report:
-        names, stack, vit = _resolve(prompts, backbone, device, dtype)
+        pool, stack, vit = resolve(prompts, backbone, device, dtype)
+        names = pool.names
         operations.select(vit, impl)
         gather = _Pass(vit, stack, names, folds=folds, keep=keep, micro_batch=micro_batch, impl=impl)
         sample = ImageSample(gradient_images if fitted else 0, folds, seed)
@@ -243,9 +240,9 @@ class _Pass:
     ) -> Iterator[Tensor]:
         """Read the loader once, and yield the labels of each batch when it is done. With a loss, each batch goes
         forward and backward at once."""
-        total = _length(loader)
+        total = num_batches(loader)
         report("images", 0, total)
-        for done, (images, labels) in enumerate(_ahead(_batches(loader, self.vit), self.vit.device), start=1):
+        for done, (images, labels) in enumerate(read(loader, self.vit), start=1):
             if loss is None:
                 with torch.no_grad():
                     features = encode(self.vit, self.prompts, images, **self.options)
@@ -317,44 +314,6 @@ class _Pass:
         return self.gradients if self.num_gradient_images else None
 
 
-def _resolve(
-    prompts: Prompts,
-    backbone: nn.Module | str | None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> tuple[tuple[str, ...], Tensor, FrozenViT]:
-    if dtype is not None and not dtype.is_floating_point:
-        raise OptionError(f"dtype must be a floating point dtype, got {dtype}")
-    pool = prompts if isinstance(prompts, PromptPool) else PromptPool(prompts)
-    if backbone is None:
-        if pool.backbone is None:
-            raise BackboneError("these prompts name no backbone: pass backbone=, a timm model, a FrozenViT or a name")
-        backbone = pool.backbone.name
-    if isinstance(backbone, str):
-        options: dict[str, Any] = {} if pool.backbone is None else {"img_size": pool.backbone.image_size}
-        vit = load_backbone(backbone, device=device, dtype=dtype, **options)
-        if pool.backbone is not None:
-            vit.set_preprocessing(
-                mean=pool.backbone.mean, std=pool.backbone.std, interpolation=pool.backbone.interpolation
-            )
-    elif isinstance(backbone, FrozenViT):
-        vit = backbone
-        elsewhere = device is not None and not _is_on(torch.device(device), vit.device)
-        if elsewhere or dtype not in (None, vit.dtype):
-            vit = copy.deepcopy(vit).to(device=device, dtype=dtype)
-    else:
-        vit = FrozenViT.from_timm(backbone, device=device, dtype=dtype)
-    pool.check_backbone(vit.info)
-    stack = pool.stack()
-    check_prompts(vit, stack)
-    return pool.names, stack, vit
-
-
-def _is_on(wanted: torch.device, device: torch.device) -> bool:
-    """Whether a device is the one that was asked for; "cuda" is any GPU."""
-    return wanted.type == device.type and wanted.index in (None, device.index)
-
-
 def _check_options(lam: float, gradient_images: int | None, folds: int, head: Head) -> None:
     if folds < 1:
         raise OptionError(f"folds must be at least 1, got {folds}")
@@ -364,74 +323,6 @@ def _check_options(lam: float, gradient_images: int | None, folds: int, head: He
         raise OptionError(f"gradient_images must be at least 0, got {gradient_images}")
     if gradient_images == 0 and lam > 0 and isinstance(head, str):
         raise OptionError("gradient_images=0 leaves nothing to align: set lam=0 as well, or let it have images")
-
-
-def _batches(loader: Iterable[Any], vit: FrozenViT) -> Iterator[tuple[Tensor, Tensor]]:
-    """Checked (images, labels [int64, CPU]) of the loader; its own failures as DataError."""
-    try:
-        iterator = iter(loader)
-    except TypeError as error:
-        raise DataError(f"loader must be an iterable of (images, labels), got {type(loader).__name__}") from error
-    position = 0
-    while True:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            break
-        except HGPromptError as error:
-            raise of_a_worker(error) from error.__cause__
-        except Exception as error:
-            raise DataError(
-                f"the loader failed after {position} batches: {type(error).__name__}: {error}; nothing was kept"
-            ) from error
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            kind = (
-                f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
-            )
-            raise DataError(f"batch {position} of the loader is a {kind}; it must be a pair (images, labels)")
-        try:
-            yield _check_batch(vit, *batch)
-        except DataError as error:
-            raise DataError(f"batch {position} of the loader: {error}") from error
-        position += 1
-
-
-def _ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same batches; for a GPU, each is on its way there (through pinned memory, on a stream of its own) while the
-    one before is computed."""
-    if device.type != "cuda":
-        yield from batches
-        return
-    copies = torch.cuda.Stream(device)
-    waiting: tuple[Tensor, Tensor, torch.cuda.Event | None] | None = None
-
-    def arrived(images: Tensor, labels: Tensor, event: torch.cuda.Event | None) -> tuple[Tensor, Tensor]:
-        if event is not None:
-            current = torch.cuda.current_stream(device)
-            current.wait_event(event)
-            images.record_stream(current)
-        return images, labels
-
-    for images, labels in batches:
-        event = None
-        if images.device.type == "cpu":
-            with torch.cuda.stream(copies):
-                images = images.pin_memory().to(device, non_blocking=True)
-            event = copies.record_event()
-        if waiting is not None:
-            yield arrived(*waiting)
-        waiting = images, labels, event
-    if waiting is not None:
-        yield arrived(*waiting)
-
-
-def _check_batch(vit: FrozenViT, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    vit.check_images(images)
-    labels = check_labels(labels, len(images))
-    if images.is_floating_point() and not bool(images.isfinite().all()):
-        bad = torch.nonzero(~images.flatten(1).isfinite().all(1)).flatten().tolist()
-        raise DataError(f"images {bad[:8]} hold NaN or infinity")
-    return images.detach(), labels
 
 
 def _check_problem(statistics: EnsembleStatistics) -> None:
@@ -498,10 +389,3 @@ def _gather(part: Tensor, dim: int, group: Any) -> Tensor:
     parts: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(parts, part.cpu(), group=group)
     return torch.cat(parts, dim=dim)
-
-
-def _length(loader: Iterable[Any]) -> int | None:
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        return None

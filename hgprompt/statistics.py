@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -125,6 +125,19 @@ class EnsembleStatistics:
                 self._to_moments()
         else:
             _add_by_fold(self._moments, features.detach(), labels, fold_of)
+
+    def select(self, prompts: Sequence[int]) -> EnsembleStatistics:
+        """Statistics of these prompts alone, in this order; features are copied, nothing is shared.
+
+        Raises:
+            StatisticsError: only moments are kept: what Ledoit–Wolf's intensity needs of another mixture is not there.
+        """
+        features, labels = self.features_and_labels()
+        part = EnsembleStatistics(folds=self.folds, keep=self.keep)
+        part._num_images, part._shape, part._dtype = self._num_images, (len(prompts), self.width), self._dtype
+        part._classes, part._labels, part._fold_of = set(self._classes), [labels], [self.fold_of]
+        part._features = [features[list(prompts)]]
+        return part
 
     def merge(self, other: EnsembleStatistics) -> None:
         """Take in what another pass over other images has gathered; `other` stays as it is.

@@ -1,0 +1,145 @@
+"""What comes in: prompts, a backbone and a loader of a caller's own making, checked before any work is done."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hgprompt.backbone import FrozenViT
+from hgprompt.bundled import load_backbone
+from hgprompt.encoder import check_prompts
+from hgprompt.errors import BackboneError, DataError, HGPromptError, OptionError, of_a_worker
+from hgprompt.pool import PromptPool
+from hgprompt.statistics import check_labels
+
+Prompts = PromptPool | Mapping[str, Tensor] | Sequence[Tensor] | Tensor
+
+
+def resolve(
+    prompts: Prompts,
+    backbone: nn.Module | str | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> tuple[PromptPool, Tensor, FrozenViT]:
+    if dtype is not None and not dtype.is_floating_point:
+        raise OptionError(f"dtype must be a floating point dtype, got {dtype}")
+    pool = prompts if isinstance(prompts, PromptPool) else PromptPool(prompts)
+    if backbone is None:
+        if pool.backbone is None:
+            raise BackboneError("these prompts name no backbone: pass backbone=, a timm model, a FrozenViT or a name")
+        backbone = pool.backbone.name
+    if isinstance(backbone, str):
+        options: dict[str, Any] = {} if pool.backbone is None else {"img_size": pool.backbone.image_size}
+        vit = load_backbone(backbone, device=device, dtype=dtype, **options)
+        if pool.backbone is not None:
+            vit.set_preprocessing(
+                mean=pool.backbone.mean, std=pool.backbone.std, interpolation=pool.backbone.interpolation
+            )
+    elif isinstance(backbone, FrozenViT):
+        vit = backbone
+        elsewhere = device is not None and not _is_on(torch.device(device), vit.device)
+        if elsewhere or dtype not in (None, vit.dtype):
+            vit = copy.deepcopy(vit).to(device=device, dtype=dtype)
+    else:
+        vit = FrozenViT.from_timm(backbone, device=device, dtype=dtype)
+    pool.check_backbone(vit.info)
+    stack = pool.stack()
+    check_prompts(vit, stack)
+    return pool, stack, vit
+
+
+def read(loader: Iterable[Any], vit: FrozenViT) -> Iterator[tuple[Tensor, Tensor]]:
+    """Checked batches of a loader, each on its way to a GPU while the one before is computed.
+
+    Yields:
+        images [B, 3, H, W] and labels [B], int64 on the CPU.
+
+    Raises:
+        DataError: what the loader gives cannot be used, or it failed (its own exception is the cause).
+    """
+    yield from _ahead(_batches(loader, vit), vit.device)
+
+
+def _batches(loader: Iterable[Any], vit: FrozenViT) -> Iterator[tuple[Tensor, Tensor]]:
+    """Checked (images, labels [int64, CPU]) of the loader; its own failures as DataError."""
+    try:
+        iterator = iter(loader)
+    except TypeError as error:
+        raise DataError(f"loader must be an iterable of (images, labels), got {type(loader).__name__}") from error
+    position = 0
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            break
+        except HGPromptError as error:
+            raise of_a_worker(error) from error.__cause__
+        except Exception as error:
+            raise DataError(
+                f"the loader failed after {position} batches: {type(error).__name__}: {error}; nothing was kept"
+            ) from error
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            kind = (
+                f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
+            )
+            raise DataError(f"batch {position} of the loader is a {kind}; it must be a pair (images, labels)")
+        try:
+            yield _check_batch(vit, *batch)
+        except DataError as error:
+            raise DataError(f"batch {position} of the loader: {error}") from error
+        position += 1
+
+
+def _ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same batches; for a GPU, each is on its way there (through pinned memory, on a stream of its own) while the
+    one before is computed."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies = torch.cuda.Stream(device)
+    waiting: tuple[Tensor, Tensor, torch.cuda.Event | None] | None = None
+
+    def arrived(images: Tensor, labels: Tensor, event: torch.cuda.Event | None) -> tuple[Tensor, Tensor]:
+        if event is not None:
+            current = torch.cuda.current_stream(device)
+            current.wait_event(event)
+            images.record_stream(current)
+        return images, labels
+
+    for images, labels in batches:
+        event = None
+        if images.device.type == "cpu":
+            with torch.cuda.stream(copies):
+                images = images.pin_memory().to(device, non_blocking=True)
+            event = copies.record_event()
+        if waiting is not None:
+            yield arrived(*waiting)
+        waiting = images, labels, event
+    if waiting is not None:
+        yield arrived(*waiting)
+
+
+def num_batches(loader: Iterable[Any]) -> int | None:
+    """How many batches a loader has; None where it does not say."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _is_on(wanted: torch.device, device: torch.device) -> bool:
+    """Whether a device is the one that was asked for; "cuda" is any GPU."""
+    return wanted.type == device.type and wanted.index in (None, device.index)
+
+
+def _check_batch(vit: FrozenViT, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    vit.check_images(images)
+    labels = check_labels(labels, len(images))
+    if images.is_floating_point() and not bool(images.isfinite().all()):
+        bad = torch.nonzero(~images.flatten(1).isfinite().all(1)).flatten().tolist()
+        raise DataError(f"images {bad[:8]} hold NaN or infinity")
+    return images.detach(), labels
