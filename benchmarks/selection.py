@@ -64,17 +64,17 @@ def run(features: torch.Tensor, labels: torch.Tensor, seed: int) -> dict[str, fl
     everything = EnsembleStatistics(keep="features")
     everything.update(pool, labels)
     start = time.perf_counter()
-    greedy = greedy_selection(everything, SIZE).order[:SIZE].tolist()
+    best = greedy_selection(everything, SIZE)
     greedy_seconds = time.perf_counter() - start
     ranked = ranking_by_h_score(everything, SIZE).order[:SIZE].tolist()
     random = torch.randperm(POOL, generator=torch.Generator().manual_seed(seed))[:SIZE].tolist()
     return {
         "share": halving.pairs / (POOL * len(labels)),
-        "regret": regret_of(everything, found),
-        "regret_ranking": regret_of(everything, ranked),
-        "regret_random": regret_of(everything, random),
+        "regret": regret_of(everything, found, best),
+        "regret_ranking": regret_of(everything, ranked, best),
+        "regret_random": regret_of(everything, random, best),
         "good": len(good & set(found)),
-        "good_greedy": len(good & set(greedy)),
+        "good_greedy": len(good & set(best.order[:SIZE].tolist())),
         "good_ranking": len(good & set(ranked)),
         "seconds": seconds,
         "seconds_greedy": greedy_seconds,

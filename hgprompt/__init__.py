@@ -22,9 +22,10 @@ from hgprompt.errors import (
     StatisticsError,
 )
 from hgprompt.objective import alignment_loss, gram_of, h_score
-from hgprompt.optimize import Diagnostics, Solution, optimize_weights
+from hgprompt.optimize import Diagnostics, Solution, WeightProblem, optimize_weights
 from hgprompt.pool import BackboneInfo, PromptPool
 from hgprompt.result import EnsembleResult
+from hgprompt.selection import Selection, select_prompts
 from hgprompt.statistics import EnsembleStatistics
 
 __version__ = "0.1.0"
@@ -45,8 +46,10 @@ __all__ = [
     "OutputError",
     "PromptError",
     "PromptPool",
+    "Selection",
     "Solution",
     "StatisticsError",
+    "WeightProblem",
     "alignment_loss",
     "encode",
     "fast_ensemble",
@@ -54,6 +57,7 @@ __all__ = [
     "h_score",
     "load_backbone",
     "optimize_weights",
+    "select_prompts",
     "transferability",
 ]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hgprompt import simplex
 from hgprompt.errors import OptionError
-from hgprompt.objective import Alignment, HScore, Objective, Score, Shrinkage, check_shrinkage
+from hgprompt.objective import Alignment, HScore, Objective, Shrinkage, check_shrinkage
 from hgprompt.reduced_basis import ReducedHScore
 from hgprompt.simplex import Function, Minimum, Vector
 from hgprompt.statistics import EnsembleStatistics
@@ -158,6 +158,38 @@ class WeightProblem:
         """The best of several starts for one λ; arguments as for `optimize_weights`."""
         check_options(lam=lam, shrinkage=0.0, solver=solver, starts=self.starts)
         return self._solve(lam, self._everyone, solver=solver, learning_rate=learning_rate)
+
+    def solve_within(self, prompts: Sequence[int], lam: float, *, warm: Sequence[Tensor] = ()) -> Solution:
+        """The best mixture of some of the prompts; weights [M] with 0 for the others.
+
+        Args:
+            prompts: indices, each once. lam: λ. warm: weights [M] to start from too, as far as they lie within.
+        """
+        check_options(lam=lam, shrinkage=0.0, solver="quasi-newton", starts=self.starts)
+        return self._solve(lam, np.asarray(prompts), warm=[w.numpy() for w in warm])
+
+    def forward(self, lam: float, size: int) -> list[int]:
+        """Indices of `size` prompts by greedy forward selection, in the order in which they were taken.
+
+        Each step adds the prompt along which the objective falls most steeply, and minimises over all taken so far:
+        from where it was, and from uniform weights, since a single prompt is often a local minimum.
+        """
+        function = Objective(self._reduced or self.score, self.alignment, lam, self.normalize)
+        alone = [function(vertex)[0] for vertex in np.eye(self.size)]
+        taken = [int(np.argmin(alone))]
+        weights = np.eye(self.size)[taken[0]]
+        while len(taken) < size:
+            slopes = function(weights)[1]
+            slopes[taken] = np.inf
+            taken.append(int(np.argmin(slopes)))
+            pool = np.asarray(taken)
+            within = _PoolScore(self._reduced or self.score, pool, self.size)
+            alignment = None if self.alignment is None else Alignment(self.alignment.gram[np.ix_(pool, pool)])
+            part = Objective(within, alignment, lam, self.normalize)
+            starts = weights[pool], np.full(len(pool), 1 / len(pool))
+            found = min((self._minimize(part, start) for start in starts), key=lambda m: m.value)
+            weights = within.on_all(found.weights)
+        return taken
 
     def path(self, lams: Sequence[float]) -> list[Solution]:
         """Solutions along λ, in the order given. The largest λ is solved first, where the problem is closest to
@@ -347,7 +379,7 @@ class WeightProblem:
 class _PoolScore:
     """An H-score as a function of the weights of some prompts; the others have none."""
 
-    def __init__(self, score: Score, pool: NDArray[np.int64], size: int) -> None:
+    def __init__(self, score: HScore | ReducedHScore, pool: NDArray[np.int64], size: int) -> None:
         self.score, self.pool, self.size = score, pool, size
         self.num_classes = score.num_classes
 
@@ -358,6 +390,8 @@ class _PoolScore:
         return point
 
     def __call__(self, weights: Vector) -> tuple[float, Vector]:
+        if isinstance(self.score, ReducedHScore):
+            return self.score.within(self.pool)(weights)
         value, gradient = self.score(self.on_all(weights))
         return value, gradient[self.pool]
 

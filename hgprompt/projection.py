@@ -29,6 +29,16 @@ class ProjectedMixture:
         self._rows, self._columns = torch.tril_indices(k, k)
         self._first, self._second = torch.triu_indices(m, m)
 
+    def select(self, prompts: Tensor) -> ProjectedMixture:
+        """Of these prompts alone, in this order."""
+        m = len(self.traces)
+        place = torch.zeros(m, m, dtype=torch.int64)
+        place[self._first, self._second] = place[self._second, self._first] = torch.arange(len(self._first))
+        inside = torch.triu_indices(len(prompts), len(prompts))
+        chosen = place[prompts[inside[0]], prompts[inside[1]]]
+        traces = self.traces[prompts][:, prompts]
+        return ProjectedMixture(self._blocks[chosen], self.r[prompts], traces, self.width, self.n)
+
     def value_and_gradient(self, weights: Tensor, a: float) -> tuple[float, Tensor]:
         """The confined H_a(α) and its gradient [M]."""
         m, k = len(weights), self.r.shape[2]

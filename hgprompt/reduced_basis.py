@@ -14,19 +14,23 @@ A dozen evaluations of the whole H-score then serve every start, every λ, and e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hgprompt.mixture import FeatureMixture
 from hgprompt.objective import HScore
 from hgprompt.projection import FeatureProjection, MomentProjection, ProjectedMixture
-from hgprompt.simplex import Vector
+from hgprompt.simplex import Function, Vector
 
 SMALLEST_WIDTH = 128
 """Below, the whole H-score is cheap enough."""
 _LARGEST_BASIS = 384
 _BLOCK_BYTES = 1 << 30
+_EVALUATIONS = 150  # of the whole H-score that a basis saves, about
 
 
 class ReducedHScore:
@@ -47,6 +51,7 @@ class ReducedHScore:
         else:
             self._projection = MomentProjection(score.mixture)
         self._mixture: ProjectedMixture | None = None
+        self._part: tuple[Any, ProjectedMixture | None] = (None, None)  # of the prompts asked for last
 
     @staticmethod
     def capacity_for(score: HScore) -> int:
@@ -55,7 +60,10 @@ class ReducedHScore:
         pairs = m * (m + 1) // 2
         fits = int((2 * _BLOCK_BYTES / 8 / pairs) ** 0.5)  # pairs · k²/2 numbers
         capacity = min(h // 2, _LARGEST_BASIS, fits)
-        worth = h >= SMALLEST_WIDTH and score.intensity > 0 and 2 * c <= capacity
+        n, k = score.mixture.n, min(capacity // 2, (m + 1) * (c - 1))
+        once = 2 * n * (m * k) ** 2  # operations: to set the basis up, and to evaluate the whole H-score
+        each = 6 * n * m * h + 2 * n * h * min(n, h)
+        worth = h >= SMALLEST_WIDTH and score.intensity > 0 and 2 * c <= capacity and once < _EVALUATIONS * each
         return capacity if worth else 0
 
     @property
@@ -93,6 +101,23 @@ class ReducedHScore:
         assert self._mixture is not None, "nothing was shown yet"
         value, gradient = self._mixture.value_and_gradient(torch.from_numpy(weights), self.intensity)
         return value, gradient.numpy()
+
+    def within(self, prompts: NDArray[np.int64]) -> Function:
+        """The same as a function of the weights of some prompts [m], at the cost of m prompts."""
+        assert self._mixture is not None, "nothing was shown yet"
+        if len(prompts) == len(self._mixture.traces):
+            return self
+        key = tuple(prompts.tolist())
+        if self._part[0] != (key, self._mixture):
+            self._part = (key, self._mixture), self._mixture.select(torch.from_numpy(prompts))
+        part = self._part[1]
+        assert part is not None
+
+        def function(weights: Vector) -> tuple[float, Vector]:
+            value, gradient = part.value_and_gradient(torch.from_numpy(weights), self.intensity)
+            return value, gradient.numpy()
+
+        return function
 
 
 def _extended(basis: Tensor | None, directions: Tensor) -> Tensor:

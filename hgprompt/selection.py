@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hgprompt import simplex
 from hgprompt.encoder import Impl, encode
 from hgprompt.errors import DataError, HGPromptWarning, OptionError
 from hgprompt.inputs import Prompts, num_batches, read, resolve
 from hgprompt.objective import Alignment, HScore, Objective, Shrinkage, check_shrinkage
+from hgprompt.optimize import Solution, WeightProblem
 from hgprompt.pool import PromptPool
 from hgprompt.progress import Progress, Reporter
 from hgprompt.statistics import EnsembleStatistics
@@ -34,7 +34,7 @@ from hgprompt.stopping import looks_shuffled
 logger = logging.getLogger(__name__)
 
 Method = Literal["halving", "greedy", "ranking"]
-_CANDIDATES = 8  # first prompts tried, of those that the uniform mixture would gain most from
+_CANDIDATES = 32  # prompts that are looked at together, at least
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,20 @@ def greedy_selection(
     gram: Tensor | None = None,
     lam: float = 0.0,
     shrinkage: Shrinkage = "auto",
+    starts: int = 8,
     tolerance: float = 1e-4,
 ) -> Ranking:
-    """Greedy forward selection on the joint objective: a fully corrective Frank–Wolfe method (Jaggi 2013).
+    """The prompts that minimise -H/(C-1) + λ L_align together, by greedy forward selection.
 
-    Each step adds the prompt along which -H/(C-1) + λ L_align falls most steeply, and minimises over all prompts taken
-    so far. Those not taken follow in order of their slope at the end.
+    Two sets are tried, and the better one taken: each step adds the prompt along which the objective falls most steeply
+    and minimises over all taken so far (a fully corrective Frank–Wolfe method; Jaggi 2013); and the largest weights of
+    the joint minimum over all. Of a large pool, only the prompts that are best alone or most wanted by the uniform
+    mixture are candidates, and whatever the minimum found would still gain from. Prompts without weight follow, in turn
+    those that are best alone and those that the minimum wants most.
 
     Args:
         statistics: of κ prompts. size: prompts to take, at most κ.
-        gram, lam, shrinkage: as for `hgprompt.optimize_weights`.
+        gram, lam, shrinkage: as for `hgprompt.optimize_weights`. starts: of the joint minimum.
         tolerance: Frank–Wolfe gap of each minimisation.
 
     Raises:
@@ -80,38 +84,52 @@ def greedy_selection(
     score = HScore(statistics, shrinkage=shrinkage)
     alignment = None if gram is None else Alignment(gram.detach().to("cpu", torch.float64).numpy())
     objective = Objective(score, alignment, lam)
+    alone = np.array([score.evaluate(vertex)[0] for vertex in np.eye(count)])
+    best_alone = (-alone).argsort(kind="stable").tolist()
     slopes = objective(np.full(count, 1 / count))[1]
-    candidates = slopes.argsort(kind="stable")[:_CANDIDATES].tolist()
-    alone = [(_objective_of(statistics, [i], score, alignment, lam)(np.ones(1))[0], i) for i in candidates]
-    taken, inside = [min(alone)[1]], np.ones(1)
+    candidates = _in_turn(best_alone, slopes.argsort(kind="stable").tolist())[: max(4 * size, _CANDIDATES)]
     while True:
+        problem = WeightProblem(
+            statistics.select(candidates),
+            None if gram is None else gram[candidates][:, candidates],
+            shrinkage=score.intensity,
+            starts=starts,
+            tolerance=tolerance,
+        )
+        joint = problem.solve(lam).weights
+        pools = problem.forward(lam, size), joint.argsort(descending=True, stable=True)[:size].tolist()
+        solutions = [problem.solve_within(pool, lam, warm=[joint]) for pool in pools]
+        best = int(solutions[1].diagnostics.objective < solutions[0].diagnostics.objective)
         weights = np.zeros(count)
-        weights[taken] = inside
+        weights[candidates] = solutions[best].weights.numpy()
         value, slopes = objective(weights)
-        rest = [i for i in slopes.argsort(kind="stable").tolist() if i not in taken]
-        if len(taken) == size:
+        gains = [i for i in slopes.argsort(kind="stable").tolist() if slopes[i] < weights @ slopes - tolerance]
+        new = [i for i in gains if i not in candidates][:size]
+        if not new or len(candidates) > 8 * max(size, _CANDIDATES):
             break
-        taken.append(rest[0])
-        part = _objective_of(statistics, taken, score, alignment, lam)
-        # Not from the last solution alone: a single prompt is often a local minimum.
-        starts = np.append(inside, 0.0), np.full(len(taken), 1 / len(taken))
-        found = [simplex.quasi_newton(part, start, tolerance=tolerance) for start in starts]
-        inside = min(found, key=lambda m: m.value).weights
-    h = score.evaluate(weights)[0]
-    return Ranking(torch.tensor(taken + rest), torch.from_numpy(inside), value, h, score.intensity)
+        candidates = candidates + new
+    wanted = slopes.argsort(kind="stable").tolist()
+    order = [i for i in (-weights).argsort(kind="stable").tolist() if weights[i] > 0]
+    order += [i for i in _in_turn(best_alone, wanted) if weights[i] == 0]
+    h = solutions[best].diagnostics.h_score
+    return Ranking(torch.tensor(order), torch.from_numpy(weights[order[:size]]), value, h, score.intensity)
 
 
 def ranking_by_h_score(statistics: EnsembleStatistics, size: int, *, shrinkage: Shrinkage = "auto") -> Ranking:
     """By the H-score of each prompt alone; weights are the best ones over the first `size`."""
-    count = statistics.num_prompts
-    _check_size(size, count)
+    _check_size(size, statistics.num_prompts)
     score = HScore(statistics, shrinkage=shrinkage)
-    alone = torch.tensor([score.evaluate(vertex)[0] for vertex in np.eye(count)], dtype=torch.float64)
+    alone = torch.tensor([score.evaluate(vertex)[0] for vertex in np.eye(statistics.num_prompts)])
     order = alone.argsort(descending=True, stable=True)
-    part = _objective_of(statistics, order[:size].tolist(), score, None, 0.0)
-    found = simplex.quasi_newton(part, np.full(size, 1 / size), tolerance=1e-4)
-    h = part.h_score(found.weights)[0]
-    return Ranking(order, torch.from_numpy(found.weights), found.value, h, score.intensity)
+    weights, found = mixture_of(statistics, order[:size].tolist(), intensity=score.intensity)
+    return Ranking(order, weights, found.objective, found.h_score, score.intensity)
+
+
+def mixture_of(
+    statistics: EnsembleStatistics, prompts: Sequence[int], *, intensity: float, tolerance: float = 1e-4
+) -> Solution:
+    """The best mixture of some prompts of a pool by H alone, at the intensity of the pool."""
+    return WeightProblem(statistics.select(prompts), shrinkage=intensity, tolerance=tolerance).solve(0.0)
 
 
 class SuccessiveHalving:
@@ -172,14 +190,22 @@ class SuccessiveHalving:
         return dataclasses.replace(found, order=self.survivors[found.order])
 
     def _eliminate(self, left: int) -> None:
-        if len(self.statistics.classes) < 2 or not looks_shuffled(self.statistics.features_and_labels()[1]):
+        if len(self.statistics.classes) < 2:
+            raise DataError(
+                f"the first {self.statistics.num_images} images are all of class {self.statistics.classes[0]}: "
+                "prompts cannot be judged by them; shuffle the images"
+            )
+        if not looks_shuffled(self.statistics.features_and_labels()[1]):
             warnings.warn(
                 f"the first {self.statistics.num_images} images are not a fair sample of the classes: prompts are "
                 "eliminated by what comes first; shuffle the images",
                 HGPromptWarning,
                 stacklevel=4,
             )
-        found = greedy_selection(self.statistics, min(self.size, left), shrinkage=self.shrinkage)
+        # An order is all that is wanted: one start will do.
+        found = greedy_selection(
+            self.statistics, min(self.size, left), shrinkage=self.shrinkage, starts=1, tolerance=1e-3
+        )
         kept = found.order[:left].sort().values
         logger.info("%d images: %d of %d prompts go on", self.statistics.num_images, left, len(self.survivors))
         self.survivors = self.survivors[kept]
@@ -277,7 +303,9 @@ def select_prompts(
             choose = greedy_selection if method == "greedy" else ranking_by_h_score
             found = choose(statistics, size, shrinkage=shrinkage)
         chosen = found.order[:size].tolist()
-        regret = regret_of(everything, chosen, shrinkage=shrinkage) if full_evaluation else math.nan
+        regret = math.nan
+        if full_evaluation:
+            regret = regret_of(everything, chosen, greedy_selection(everything, size, shrinkage=shrinkage))
     all_pairs = statistics.num_images * len(pool)
     pairs = all_pairs if halving is None else halving.pairs
     return Selection(
@@ -294,33 +322,23 @@ def select_prompts(
     )
 
 
-def regret_of(
-    statistics: EnsembleStatistics, chosen: Sequence[int], *, shrinkage: Shrinkage = "auto", tolerance: float = 1e-4
-) -> float:
-    """How much is lost by these prompts: their objective less that of greedy selection among all, relative to it.
+def regret_of(statistics: EnsembleStatistics, chosen: Sequence[int], best: Ranking) -> float:
+    """How much is lost by these prompts: their objective (by H alone) less that of another selection, relative to it.
 
     Args:
         statistics: of all prompts and images. chosen: indices of the prompts judged.
-        shrinkage, tolerance: as for `greedy_selection`; one intensity, that of the whole pool, serves both.
+        best: of the same statistics by H alone; its intensity serves both.
 
     Returns:
-        0 where both are equally good; below 0 where greedy selection did worse.
+        0 where both are equally good; below 0 where the other selection did worse.
     """
-    best = greedy_selection(statistics, len(chosen), shrinkage=shrinkage, tolerance=tolerance)
-    part = Objective(HScore(statistics.select(chosen), shrinkage=best.intensity), None, 0.0)
-    uniform = np.full(len(chosen), 1 / len(chosen))
-    starts = simplex.starting_points(part, len(chosen), 4, seed=0)
-    found = min(simplex.quasi_newton(part, start, tolerance=tolerance).value for start in [uniform, *starts])
-    return (found - best.objective) / abs(best.objective)
+    found = mixture_of(statistics, chosen, intensity=best.intensity).diagnostics
+    return (found.objective - best.objective) / abs(best.objective)
 
 
-def _objective_of(
-    statistics: EnsembleStatistics, prompts: Sequence[int], score: HScore, alignment: Alignment | None, lam: float
-) -> Objective:
-    """The objective of some prompts of a pool, at the pool's intensity."""
-    if alignment is not None:
-        alignment = Alignment(alignment.gram[np.ix_(prompts, prompts)])
-    return Objective(HScore(statistics.select(prompts), shrinkage=score.intensity), alignment, lam)
+def _in_turn(*orders: Sequence[int]) -> list[int]:
+    """Every index once, first come first served, from several orders of the same indices in turn."""
+    return list(dict.fromkeys(i for row in zip(*orders, strict=True) for i in row))
 
 
 def _check_size(size: int, count: int) -> None:

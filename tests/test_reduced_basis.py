@@ -50,7 +50,13 @@ def test_directions_are_orthonormal():
 
 @pytest.mark.parametrize(
     ("shape", "worth"),
-    [((50, 3, 40, 3), False), ((50, 3, 200, 3), True), ((100, 3, 200, 80), False), ((50, 200, 130, 3), True)],
+    [
+        ((50, 3, 40, 3), False),
+        ((50, 3, 200, 3), True),
+        ((100, 3, 200, 80), False),
+        ((400, 13, 130, 3), True),
+        ((50, 200, 130, 3), False),
+    ],
     ids=str,
 )
 def test_where_a_basis_pays(shape, worth):

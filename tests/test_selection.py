@@ -1,0 +1,163 @@
+"""Selection from pools: against all subsets where they can be counted, and what halving spends."""
+
+from __future__ import annotations
+
+import itertools
+
+import literal
+import numpy as np
+import pytest
+import torch
+from problems import data, random_gram, statistics_of
+
+from hgprompt import DataError, HGPromptWarning, OptionError, StatisticsError, select_prompts
+from hgprompt.objective import HScore
+from hgprompt.optimize import optimize_weights
+from hgprompt.selection import SuccessiveHalving, greedy_selection, mixture_of, ranking_by_h_score, regret_of
+
+
+def test_selected_statistics_are_those_of_the_prompts_alone():
+    features, labels = data(40, 5, 6, 3)
+    part = statistics_of(features, labels, folds=4).select([3, 0])
+    alone = statistics_of(features[[3, 0]], labels, folds=4)
+    weights = np.array([0.3, 0.7])
+    assert HScore(part)(weights)[0] == HScore(alone)(weights)[0]
+    assert torch.equal(part.fold_of, alone.fold_of)
+    assert part.classes == alone.classes
+    with pytest.raises(StatisticsError, match="moments"):
+        statistics_of(features, labels, "moments").select([0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("lam", [0.0, 0.2])
+def test_greedy_beside_the_best_of_all_pairs(seed, lam):
+    statistics, gram = statistics_of(*data(120, 8, 10, 4, seed=seed, signal=0.4)), random_gram(8)
+    intensity = HScore(statistics).intensity
+    found = greedy_selection(statistics, 2, gram=gram, lam=lam)
+
+    def objective(pair):
+        pair = list(pair)
+        part = statistics.select(pair)
+        return optimize_weights(part, gram[pair][:, pair], lam=lam, shrinkage=intensity).diagnostics.objective
+
+    values = sorted(objective(pair) for pair in itertools.combinations(range(8), 2))
+    # Greedy selection has no guarantee of the best pair of 28; by H alone it must be among the first few. With λ, the
+    # alignment of a pair is with its own mean, which no pair shares with another.
+    assert objective(found.order[:2].tolist()) <= values[3 if lam == 0 else 13] + 1e-9
+    assert sorted(found.order.tolist()) == list(range(8))
+    assert found.weights.shape == (2,)
+    assert float(found.weights.sum()) == pytest.approx(1)
+
+
+def test_twins_are_not_both_taken():
+    features, labels = data(200, 2, 6, 4, seed=1, signal=0.8)
+    noise = torch.randn(4, *features.shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    twins = torch.cat([features[:1], features[:1] + 1e-3 * noise[:1], features[1:], noise[1:]])
+    by_rank = ranking_by_h_score(statistics_of(twins, labels), 2)
+    greedy = greedy_selection(statistics_of(twins, labels), 2)
+    assert {0, 1} != set(greedy.order[:2].tolist())
+    assert greedy.objective <= by_rank.objective + 1e-6
+
+
+def test_ranking_is_by_h_alone():
+    statistics = statistics_of(*data(60, 5, 6, 3))
+    found = ranking_by_h_score(statistics, 3)
+    alone = [HScore(statistics)(vertex)[0] for vertex in np.eye(5)]
+    assert found.order.tolist() == np.argsort(alone)[::-1].tolist()
+    again = mixture_of(statistics, found.order[:3].tolist(), intensity=found.intensity)
+    torch.testing.assert_close(found.weights, again.weights)
+
+
+def _pool(seed=0, count=32, good=4):
+    """Good prompts see the classes, the others next to nothing. What images have beside their class is mostly the same
+    under every prompt, as it is under real ones: else mixing in any prompt would average it away."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 4, (400,), generator=g)
+    strength = torch.full((count,), 0.05)
+    strength[:good] = 1.0
+    means = torch.randn(count, 4, 8, generator=g) * strength[:, None, None]
+    noise = torch.randn(400, 8, generator=g) + 0.2 * torch.randn(count, 400, 8, generator=g)
+    return noise + means[:, labels], labels
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_halving_spends_what_it_says_and_finds_the_good(seed):
+    features, labels = _pool(seed)
+    halving = _halve(features, labels)
+    found = halving.finish()
+    assert halving.rounds == [(0, 32), (50, 16), (100, 8), (200, 4)]
+    assert halving.pairs == 32 * 50 + 16 * 50 + 8 * 100 + 4 * 200
+    assert halving.pairs / (32 * 400) == pytest.approx((1 + 3 / 2) / 2**3)  # the share that the docstring states
+    assert len({0, 1, 2, 3} & set(found.order.tolist())) >= 3  # a weak one may lose its place to what dampens noise
+    everything = statistics_of(features, labels)
+    assert regret_of(everything, found.order.tolist(), greedy_selection(everything, 4)) < 0.01
+
+
+def test_survivors_have_seen_every_image():
+    features, labels = _pool()
+    halving = SuccessiveHalving(32, 4, 400, factor=4)
+    for start in range(0, 400, 25):
+        batch = slice(start, start + 25)
+        halving.update(features[halving.survivors, batch], labels[batch])
+    kept, kept_labels = halving.statistics.features_and_labels()
+    assert torch.equal(kept, features[halving.survivors])
+    assert torch.equal(kept_labels, labels)
+
+
+def test_a_stream_too_short_to_judge_by_eliminates_nothing():
+    halving = SuccessiveHalving(32, 4, 20)
+    halving.update(torch.randn(32, 20, 6), torch.arange(20) % 3)
+    assert len(halving.survivors) == 32
+
+
+def test_a_sorted_stream_is_said_to_be_no_fair_sample():
+    features, labels = _pool()
+    by_class = labels.argsort()
+    first = torch.cat([torch.nonzero(labels == c).flatten()[:25] for c in (0, 1)])
+    sorted_at_first = torch.cat([first, torch.tensor(sorted(set(range(400)) - set(first.tolist())))])
+    with pytest.warns(HGPromptWarning, match="shuffle"):
+        _halve(features[:, sorted_at_first], labels[sorted_at_first])
+    with pytest.raises(DataError, match="shuffle"):
+        _halve(features[:, by_class], labels[by_class])
+
+
+def _halve(features, labels):
+    halving = SuccessiveHalving(32, 4, 400)
+    for start in range(0, 400, 10):
+        batch = slice(start, start + 10)
+        halving.update(features[halving.survivors, batch], labels[batch])
+    return halving
+
+
+def _task():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 2, (160,), generator=generator)
+    images = torch.randn(160, 3, 16, 16, generator=generator, dtype=torch.float64)
+    images[:, 0] += labels[:, None, None]
+    return [(images[i : i + 8], labels[i : i + 8]) for i in range(0, 160, 8)]
+
+
+@pytest.mark.parametrize("method", ["halving", "greedy", "ranking"])
+def test_select_prompts_end_to_end(method):
+    prompts = torch.randn(12, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    named = {f"prompt {i}": p for i, p in enumerate(prompts)}
+    found = select_prompts(
+        named, _task(), size=3, backbone=literal.tiny_vit().double(), method=method, full_evaluation=True
+    )
+    assert found.names == found.pool.names == tuple(f"prompt {i}" for i in found.indices)
+    assert torch.equal(found.pool.stack(), prompts[list(found.indices)])
+    assert found.share == found.pairs / (12 * 160)
+    assert (found.share < 1) == (method == "halving")
+    assert np.isfinite(found.regret)
+    plain = select_prompts(named, _task(), size=3, backbone=literal.tiny_vit().double(), method=method)
+    assert plain.indices == found.indices
+    assert np.isnan(plain.regret)
+
+
+def test_bad_options():
+    model, prompts = literal.tiny_vit(), torch.randn(4, 2, 16)
+    for options in ({"size": 0}, {"size": 5}, {"size": 2, "method": "magic"}, {"size": 2, "factor": 1.0}):
+        with pytest.raises(OptionError):
+            select_prompts(prompts, [(torch.zeros(2, 3, 16, 16), torch.arange(2))], backbone=model, **options)
+    with pytest.raises(OptionError, match="num_images"):
+        select_prompts(prompts, iter([(torch.zeros(2, 3, 16, 16), torch.arange(2))]), size=2, backbone=model)
