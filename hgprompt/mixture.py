@@ -24,6 +24,8 @@ from hgprompt.moments import Moments, class_sums, mixed
 # Below this intensity, Woodbury's difference of two nearly equal matrices loses the digits that it saves time on.
 _WOODBURY_FROM = 1e-4
 _IMAGES_AT_ONCE = 64  # float64 copies of all prompts' features are of so many
+# A fold that held nearly all of the variance cannot be subtracted: what is left would be rounding.
+_SUBTRACT_FROM = 1e-4
 
 
 class FeatureMixture:
@@ -34,7 +36,7 @@ class FeatureMixture:
 
     Attributes:
         features: as given. means: [M, h], float64. r: √π_c · (class mean - mean), [M, C, h], float64. n: N.
-        constant: prompts whose features do not differ between images.
+        spread: tr C_ii [M]. noise: what rounding alone would make of that [M].
     """
 
     def __init__(self, features: Tensor, labels: Tensor) -> None:
@@ -46,14 +48,16 @@ class FeatureMixture:
         self.features = features
         self.means = torch.empty(m, h, dtype=torch.float64, device=features.device)
         self.r = self.means.new_empty(m, len(classes), h)
-        self.constant = []
+        self.spread, magnitude = self.means.new_empty(m), self.means.new_empty(m)
         for i, one in enumerate(features):
             f = one.double()
             self.means[i] = f.mean(0)
+            magnitude[i] = f.square().sum() / self.n
             f = f - self.means[i]
+            f = f - f.mean(0)  # what rounding left of a mean far larger than the spread
+            self.spread[i] = f.square().sum() / self.n
             self.r[i] = class_sums(f[None], self._index, len(classes))[0] / (counts * self.n).sqrt()[:, None]
-            if is_constant(f, one):
-                self.constant.append(i)
+        self.noise = rounding_noise(magnitude, features.dtype)
 
     @cached_property
     def traces(self) -> Tensor:
@@ -63,6 +67,10 @@ class FeatureMixture:
             f = (self.features[:, start : start + _IMAGES_AT_ONCE].double() - self.means[:, None]).flatten(1)
             total += f @ f.T
         return total / self.n
+
+    def is_constant(self, weights: Tensor, spread: Tensor) -> bool:
+        """Whether a mixture of this spread (tr Σ) is the same for every image but for rounding: prompts cancelled."""
+        return bool(spread <= mixed_noise(self.noise, weights))
 
     def centred(self, prompt: int) -> Tensor:
         """Features of one prompt less their mean [N, h], float64."""
@@ -122,11 +130,12 @@ class FeatureMixture:
             fold_of: fold of each image [N]. folds: K. weights, a: as for `value_and_gradient`.
 
         Returns:
-            The same as `FeatureMixture` of the other images alone would give.
+            The same as `FeatureMixture` of the other images alone would give; NaN where they are of fewer than two
+            classes, or where the mixed features are the same for all of them.
         """
         f, fold_of, c = self._mix(weights), fold_of.to(self.means.device), self.r.shape[1]
         kept = torch.stack([fold_of != k for k in range(folds)], dim=1).to(f)  # [N, K]
-        n, h = kept.sum(0), f.shape[1]
+        n, h = kept.sum(0).clamp_min(1), f.shape[1]
         counts = torch.stack([self._index[fold_of != k].bincount(minlength=c) for k in range(folds)]).to(f)  # [K, C]
         place = fold_of.long() * c + self._index
 
@@ -139,10 +148,13 @@ class FeatureMixture:
             return mean, r * (counts / n[:, None]).sqrt()[..., None]  # nothing where a class has no image left
 
         mean, r = without(f)
-        whole, discriminants = _square(f), []
+        whole, discriminants, by_itself = _square(f), [], []
+        known = (counts > 0).sum(1) >= 2
         for k in range(folds):
             left_out = f[fold_of == k]
             covariance = (whole - left_out.T @ left_out) / n[k] - torch.outer(mean[k], mean[k])
+            if float(covariance.trace() * n[k]) < _SUBTRACT_FROM * float(whole.trace()):
+                by_itself.append(k)
             ridge = a * covariance.trace() / h
             discriminants.append(solve_regularized((1 - a) * covariance, ridge, r[k].T, int(n[k])))
         z = torch.stack(discriminants)  # [K, h, C]
@@ -157,18 +169,28 @@ class FeatureMixture:
             trace = ((one * f).sum(1) @ kept) / n - (one_mean * mean).sum(1)
             penalty = (1 - a) * inside + (a / h) * z.square().sum((1, 2)) * trace
             gradients.append(2 * (1 - a) * ((one_r * z.transpose(1, 2)).sum((1, 2)) - penalty))
-        return (1 - a) * (r * z.transpose(1, 2)).sum((1, 2)), torch.stack(gradients, dim=1)
+        values, slopes = (1 - a) * (r * z.transpose(1, 2)).sum((1, 2)), torch.stack(gradients, dim=1)
+        for k in by_itself:
+            if known[k]:
+                left = FeatureMixture(self.features[:, fold_of != k], self._index[fold_of != k])
+                values[k], slopes[k] = left.value_and_gradient(weights, a)
+                known[k] = not left.is_constant(weights, left._mix(weights).square().sum() / left.n)
+        return values.where(known, torch.nan), slopes.where(known[:, None], torch.nan)
 
     def _mix(self, weights: Tensor) -> Tensor:
         """Σ α_i (f_i - mean_i), [N, h], float64."""
         if self.features.is_cuda:
-            return mix(self.features, self.means, weights)
-        return mixed(self.features, weights) - mixed(self.means, weights)
+            f = mix(self.features, self.means, weights)
+        else:
+            f = mixed(self.features, weights) - mixed(self.means, weights)
+        return f - f.mean(0)
 
     def _solve(self, weights: Tensor, a: float) -> tuple[Tensor, float, Tensor]:
         f, r = self._mix(weights), mixed(self.r, weights)
         n, h = f.shape
         sigma = f.square().sum() / (n * h)
+        if self.is_constant(weights, sigma * h):
+            return f, 0.0, torch.zeros_like(r.T)
         if n < h and a > _WOODBURY_FROM:
             inner = (1 - a) * (f @ f.T)
             inner.diagonal().add_(n * a * sigma)
@@ -182,11 +204,14 @@ class FeatureMixture:
 class MomentMixture:
     """From moments: Σ(α) = Σ α_i α_j C_ij, with C_ij the h × h covariance of the features of prompts i and j.
 
+    Args:
+        dtype: of the features that the moments are of.
+
     Attributes:
-        mean [M, h], about the moments' pilot centre. r, n, constant: as for `FeatureMixture`.
+        mean [M, h], about the moments' pilot centre. r, n, spread, noise: as for `FeatureMixture`.
     """
 
-    def __init__(self, moments: Moments) -> None:
+    def __init__(self, moments: Moments, dtype: torch.dtype = torch.float32) -> None:
         if moments.count == 0:
             raise StatisticsError("no images are left")
         self.moments = moments
@@ -195,14 +220,21 @@ class MomentMixture:
         self.r = scaled_class_means(moments)
         assert moments.centre is not None
         magnitude = (moments.centre + self.mean).square().sum(1)
-        spread = torch.stack([row[:, 0].diagonal().sum() for row in moments.rows]) / self.n - self.mean.square().sum(1)
-        rounding = 2 * torch.finfo(torch.float32).eps
-        self.constant = torch.nonzero(spread <= rounding**2 * magnitude).flatten().tolist()
+        second = torch.stack([row[:, 0].diagonal().sum() for row in moments.rows]) / self.n
+        self.spread = second - self.mean.square().sum(1)
+        self.noise = rounding_noise(magnitude, dtype)
 
     @cached_property
     def traces(self) -> Tensor:
         """tr C_ij [M, M]."""
-        return self._inner(torch.eye(self.moments.width, dtype=torch.float64, device=self.mean.device))
+        total = torch.zeros_like(self.mean @ self.mean.T)
+        for i, row in enumerate(self.moments.rows):
+            total[i, i:] = row.diagonal(dim1=0, dim2=2).sum(1)
+        return (total + total.triu(1).T) / self.n - self.mean @ self.mean.T
+
+    def is_constant(self, weights: Tensor, spread: Tensor) -> bool:
+        """As for `FeatureMixture`, with the rounding of sums of second moments besides."""
+        return bool(spread <= mixed_noise(self.noise, weights, self.spread))
 
     def uniform(self) -> tuple[Tensor, Tensor]:
         """As for `FeatureMixture`."""
@@ -214,6 +246,8 @@ class MomentMixture:
         """H_a(α), and Z [h, C]."""
         mean, r = mixed(self.mean, weights), mixed(self.r, weights)
         covariance = self.moments.quadratic(weights) / self.n - torch.outer(mean, mean)
+        if self.is_constant(weights, covariance.trace()):
+            return 0.0, torch.zeros_like(r.T)
         z = solve_regularized((1 - a) * covariance, a * covariance.trace() / len(covariance), r.T, self.n)
         return (1 - a) * float((r.T * z).sum()), z
 
@@ -231,17 +265,33 @@ class MomentMixture:
 
 
 def solve_regularized(covariance: Tensor, ridge: Tensor, right: Tensor, n: int) -> Tensor:
-    """(covariance + ridge·I)⁻¹ right; the pseudo-inverse where that is singular (Eq. 5 to the letter)."""
+    """(covariance + ridge·I)⁻¹ right; a generalised inverse where that is singular (Eq. 5 to the letter).
+
+    H depends on none of the choice among them, since class means lie in the range of the covariance.
+    """
     matrix = covariance.clone()
     matrix.diagonal().add_(ridge)
+    scale = inverse_spread(matrix.diagonal(), n)
+    matrix, right = scale[:, None] * matrix * scale, scale[:, None] * right
     factor, info = torch.linalg.cholesky_ex(matrix)
     diagonal = factor.diagonal()
     if int(info) == 0 and float(diagonal.min()) > 1e-6 * float(diagonal.max()):
-        return torch.cholesky_solve(right, factor)
+        return scale[:, None] * torch.cholesky_solve(right, factor)
     values, vectors = torch.linalg.eigh(matrix)
-    cutoff = max(n, len(matrix)) * torch.finfo(matrix.dtype).eps * values[-1]
-    inverse = torch.where(values > cutoff, 1 / values.clamp_min(1e-300), torch.zeros_like(values))
-    return (vectors * inverse) @ (vectors.T @ right)
+    inverse = torch.where(values > singular_below(n, values), 1 / values.clamp_min(1e-300), torch.zeros_like(values))
+    return scale[:, None] * ((vectors * inverse) @ (vectors.T @ right))
+
+
+def inverse_spread(variances: Tensor, n: int) -> Tensor:
+    """Factors [h] that bring variances [h] to 1, so that a faint feature keeps the digits it has beside a strong one;
+    powers of two, which round nothing. 0 for a feature that is constant but for rounding."""
+    scale = torch.exp2(-variances.clamp_min(1e-300).log2().div(2).round())
+    return torch.where(variances > singular_below(n, variances), scale, torch.zeros_like(scale))
+
+
+def singular_below(n: int, values: Tensor) -> Tensor:
+    """Eigenvalues or variances no larger than this are 0 but for rounding, beside values [h] from n images."""
+    return max(n, len(values)) * torch.finfo(values.dtype).eps * values.max().clamp_min(0)
 
 
 def class_means(centred: Tensor, labels: Tensor) -> Tensor:
@@ -261,10 +311,28 @@ def scaled_class_means(moments: Moments) -> Tensor:
     return means * (counts / moments.count).sqrt()[:, None]
 
 
-def is_constant(centred: Tensor, features: Tensor) -> bool:
-    """Spread no larger than the rounding of features that are all the same in their dtype."""
-    rounding = 2 * torch.finfo(features.dtype).eps
-    return bool(centred.square().sum() <= rounding**2 * features.double().square().sum())
+def rounding_noise(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
+    """Spread that rounding alone may make of features that are all the same, of this mean square and dtype."""
+    return (2 * torch.finfo(dtype).eps) ** 2 * magnitude
+
+
+def mixed_noise(noise: Tensor, weights: Tensor, spread: Tensor | None = None) -> Tensor:
+    """The same for the mixture, from the noise of each prompt [M]; below, prompts have cancelled one another. Where its
+    spread is summed from moments, the spread of each prompt [M] says what that sum rounds besides."""
+    weights = weights.to(noise)
+    total = weights.square() @ noise
+    if spread is None:
+        return total
+    return total + 1e-14 * (weights.abs() @ spread.clamp_min(0).sqrt()).square()
+
+
+def tells_apart(moments: Moments, weights: Tensor, dtype: torch.dtype) -> bool:
+    """Whether H of the mixture has an answer: at least two classes, and features that are not all the same."""
+    if len(moments.class_counts) < 2:
+        return False
+    mixture = MomentMixture(moments, dtype)
+    along = weights.to(mixture.traces)
+    return not mixture.is_constant(weights, along @ mixture.traces @ along)
 
 
 def _square(f: Tensor) -> Tensor:

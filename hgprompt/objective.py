@@ -23,18 +23,30 @@ from torch import Tensor
 
 from hgprompt.errors import DataError, OptionError, PromptError
 from hgprompt.kernels.gram import gram, gram_reference
-from hgprompt.mixture import FeatureMixture, MomentMixture, class_means, is_constant
+from hgprompt.mixture import (
+    FeatureMixture,
+    MomentMixture,
+    class_means,
+    inverse_spread,
+    rounding_noise,
+    singular_below,
+    tells_apart,
+)
 from hgprompt.simplex import Function, Vector
 from hgprompt.statistics import EnsembleStatistics, check_labels
 
 Shrinkage = Literal["auto", "ledoit-wolf", "oas"] | float
+# Where features lie beyond, fourth powers and the squares of gradients leave float64's range.
+_SMALLEST, _LARGEST = 1e-30, 1e30
+# An intensity below is lost in the rounding of a singular covariance: it counts as 0.
+_SINGULAR_BELOW = 1e-13
 
 
 def h_score(features: Tensor, labels: Tensor, *, shrinkage: Shrinkage = "auto") -> Tensor:
     """H-score of features for labels: tr(cov(f)⁻¹ cov(E[f|y])), Eq. 5, with shrinkage.
 
     Args:
-        features: [N, h], floating point; differentiable. Computed in float64.
+        features: [N, h], floating point, of any scale; differentiable. Computed in float64.
         labels: [N], integers from 0 on.
         shrinkage: "auto" (the default estimator), "ledoit-wolf", "oas", an intensity in [0, 1), or 0.0 for Eq. 5 to
             the letter (pseudo-inverse where the covariance is singular).
@@ -54,16 +66,25 @@ def h_score(features: Tensor, labels: Tensor, *, shrinkage: Shrinkage = "auto") 
         raise DataError("features are not finite")
     f = features.double()
     n, h = f.shape
+    f = f * _power_of_two(1 / f.detach().abs().max().clamp(1e-300, 1e300))
+    magnitude = f.detach().square().sum() / n
     f = f - f.mean(0)
-    if is_constant(f.detach(), features.detach()):
-        raise DataError("features are constant: they tell nothing about the labels")
+    f = f - f.mean(0)  # what rounding left of a mean far larger than the spread
+    if bool(f.detach().square().sum() / n <= rounding_noise(magnitude, features.dtype)):
+        raise DataError(
+            "features are constant, the same for every image: they tell nothing about the labels; "
+            "look for a model or a prompt that ignores the image"
+        )
     second = f.detach().T @ f.detach() / n
     a = resolve_intensity(shrinkage, n, second, f.detach().square().sum(1).square().sum())
+    a = 0.0 if a < _SINGULAR_BELOW else a
     covariance = (1 - a) * (f.T @ f) / n + a * f.square().sum() / (n * h) * torch.eye(h, dtype=f.dtype, device=f.device)
-    r = class_means(f[None], labels)[0]
+    scale = inverse_spread(covariance.detach().diagonal(), n)
+    covariance, r = scale[:, None] * covariance * scale, class_means(f[None], labels)[0] * scale
     if a > 0:
         return (1 - a) * (r * torch.linalg.solve(covariance, r.T).T).sum()
-    return (r * (torch.linalg.pinv(covariance, hermitian=True, rtol=max(n, h) * 1e-15) @ r.T).T).sum()
+    cutoff = singular_below(n, torch.linalg.eigvalsh(covariance.detach()))
+    return (1 - a) * (r * (torch.linalg.pinv(covariance, hermitian=True, atol=cutoff, rtol=0.0) @ r.T).T).sum()
 
 
 def alignment_loss(gradients: Tensor, weights: Tensor) -> Tensor:
@@ -122,9 +143,9 @@ def resolve_intensity(shrinkage: Shrinkage, n: int, covariance: Tensor, fourth: 
     h = covariance.shape[0]
     square = float(covariance.square().sum())
     mean = float(covariance.trace()) / h
-    distance = square - h * mean * mean  # ‖Σ - μI‖²
-    if distance <= 0:
-        return 1.0 - 1e-12
+    distance = float((covariance - mean * torch.eye(h).to(covariance)).square().sum())
+    if distance == 0:  # Σ is its own target, as with a single feature: shrinking it changes nothing
+        return 0.0
     if shrinkage in ("auto", "ledoit-wolf"):
         intensity = (float(fourth) / n - square) / n / distance
     else:
@@ -161,7 +182,8 @@ class HScore:
         intensity: a. num_classes: C. num_images: N. evaluations: how often it was computed.
 
     Raises:
-        DataError: fewer than two classes. PromptError: a prompt whose features are constant.
+        DataError: fewer than two classes. PromptError: a prompt whose features are constant or out of range, or prompts
+            whose features cancel one another in the uniform mixture.
     """
 
     def __init__(
@@ -175,29 +197,38 @@ class HScore:
         if statistics.keeps == "features":
             mixture = FeatureMixture(*statistics.features_and_labels(without_fold))
         else:
-            mixture = MomentMixture(statistics.moments(without_fold))
+            mixture = MomentMixture(statistics.moments(without_fold), statistics.dtype)
         self._statistics, self.mixture = statistics, mixture
         self.evaluations = 0
         self.num_images = mixture.n
         self.num_classes = mixture.r.shape[1]
         if self.num_classes < 2:
             raise DataError(f"an H-score needs at least two classes, got {self.num_classes} in {mixture.n} images")
-        if mixture.constant:
+        _check_prompts(mixture)
+        covariance, fourth = mixture.uniform()
+        uniform = torch.full_like(mixture.noise, 1 / len(mixture.noise))
+        if mixture.is_constant(uniform, covariance.trace()):
             raise PromptError(
-                f"prompts {mixture.constant} give the same feature for every image: they carry nothing, or blow up "
-                "the network; leave them out"
+                "the prompts' features cancel one another: their mean is the same for every image; leave out a prompt "
+                "that is the opposite of the others"
             )
-        self.intensity = resolve_intensity(shrinkage, mixture.n, *mixture.uniform())
+        self.intensity = resolve_intensity(shrinkage, mixture.n, covariance, fourth)
 
     def without_folds(self, weights: Vector) -> Iterator[tuple[float, Vector]]:
-        """α [M] → H and its gradient without the images of each fold in turn, at the same intensity."""
+        """α [M] → H and its gradient without the images of each fold in turn, at the same intensity; NaN where what is
+        left has fewer than two classes, or the same mixed feature for every image."""
         folds, a = self._statistics.folds, self.intensity
         if isinstance(self.mixture, FeatureMixture):
             found = self.mixture.without_folds(self._statistics.fold_of, folds, torch.from_numpy(weights), a)
             yield from zip(found[0].tolist(), found[1].cpu().numpy(), strict=True)
         else:
             for k in range(folds):
-                yield HScore(self._statistics, shrinkage=a, without_fold=k)(weights)
+                left, alpha = self._statistics.moments(k), torch.from_numpy(weights)
+                if not tells_apart(left, alpha, self._statistics.dtype):
+                    yield math.nan, np.full_like(weights, math.nan)
+                    continue
+                value, gradient = MomentMixture(left, self._statistics.dtype).value_and_gradient(alpha, a)
+                yield value, gradient.cpu().numpy()
 
     def evaluate(self, weights: Vector) -> tuple[float, Tensor]:
         """α [M] → H, and the discriminants Z [h, C] that it comes from (`hgprompt.mixture`)."""
@@ -205,10 +236,35 @@ class HScore:
         return self.mixture.discriminants(torch.from_numpy(weights), self.intensity)
 
     def __call__(self, weights: Vector) -> tuple[float, Vector]:
-        """α [M] → H and its gradient [M]. Any α but 0; the scale does not matter."""
+        """α [M] → H and its gradient [M]. The scale of α does not matter. Where the prompts cancel one another there is
+        nothing to tell classes from, and both are 0."""
         self.evaluations += 1
         value, gradient = self.mixture.value_and_gradient(torch.from_numpy(weights), self.intensity)
         return value, gradient.cpu().numpy()
+
+
+def _check_prompts(mixture: FeatureMixture | MomentMixture) -> None:
+    """Raise PromptError for features that are constant or out of range."""
+    spread = mixture.spread
+    outside = ~((spread <= _LARGEST**2) & ((spread >= _SMALLEST**2) | (spread <= mixture.noise)))  # NaN is outside too
+    for wrong, what in (
+        (
+            outside,
+            f"have features that differ between images by less than {_SMALLEST:g} or more than {_LARGEST:g}, "
+            "too far from 1 for sums of fourth powers: scale the features of all prompts by one factor",
+        ),
+        (
+            spread <= mixture.noise,
+            "give the same feature for every image: they carry nothing, or blow up the network; leave them out",
+        ),
+    ):
+        if bool(wrong.any()):
+            raise PromptError(f"prompts {torch.nonzero(wrong).flatten().tolist()} {what}")
+
+
+def _power_of_two(number: Tensor) -> float:
+    """The power of two next below: a factor that rounds nothing."""
+    return 2.0 ** (math.frexp(float(number))[1] - 1)
 
 
 @dataclass(frozen=True)

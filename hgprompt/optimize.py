@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hgprompt import simplex
-from hgprompt.errors import OptionError
+from hgprompt.errors import DataError, OptionError, PromptError, StatisticsError
 from hgprompt.objective import Alignment, HScore, Objective, Shrinkage, check_shrinkage
 from hgprompt.reduced_basis import ReducedHScore
 from hgprompt.simplex import Function, Minimum, Vector
@@ -256,25 +256,32 @@ class WeightProblem:
             lam, solver, learning_rate: as for `solve`.
 
         Returns:
-            NaN where there are fewer than two folds, or fewer than two images to a fold.
+            NaN where there are fewer than two folds, or fewer than two images to a fold; and in the row of a fold
+            without which fewer than two classes are left, or features that are the same for every image.
         """
         folds = self.statistics.folds
         if folds < 2 or self.statistics.num_images < 2 * folds:
             return torch.full((folds, self.size), torch.nan, dtype=torch.float64)
         alignments = [None if fold_grams is None else Alignment(_array(fold_grams[k])) for k in range(folds)]
         if solver == "projected-gradient":
-            scores = (HScore(self.statistics, shrinkage=self.score.intensity, without_fold=k) for k in range(folds))
             uniform = np.full(self.size, 1 / self.size)
-            found = [
-                self._minimize(Objective(s, l, lam, self.normalize), uniform, solver, learning_rate)
-                for s, l in zip(scores, alignments, strict=True)
-            ]
-            return torch.from_numpy(np.stack([m.weights for m in found]))
+            rows = []
+            for k, alignment in enumerate(alignments):
+                try:
+                    score = HScore(self.statistics, shrinkage=self.score.intensity, without_fold=k)
+                except (DataError, PromptError, StatisticsError):  # too little is left without the fold
+                    rows.append(np.full(self.size, np.nan))
+                    continue
+                function = Objective(score, alignment, lam, self.normalize)
+                rows.append(self._minimize(function, uniform, solver, learning_rate).weights)
+            return torch.from_numpy(np.stack(rows))
         whole = Objective(self._reduced or self.score, self.alignment, lam, self.normalize)
-        best = [(np.inf, np.zeros(self.size)) for _ in range(folds)]
+        best = [(np.inf, np.full(self.size, np.nan)) for _ in range(folds)]
         for minimum in solution.diagnostics.local_minima[:_JACKKNIFE_STARTS].numpy():
             value, gradient = whole(minimum)
             for k, found_k in enumerate(self.score.without_folds(minimum)):
+                if not np.isfinite(found_k[0]):
+                    continue
                 known = _Known(self.score.num_classes, *found_k)
                 value_k, gradient_k = Objective(known, alignments[k], lam, self.normalize)(minimum)
                 tilted = _Tilted(whole, minimum, value_k - value, gradient_k - gradient)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hgprompt.mixture import FeatureMixture, MomentMixture, solve_regularized
+from hgprompt.mixture import FeatureMixture, MomentMixture, mixed_noise, solve_regularized
 from hgprompt.moments import mixed
 
 
@@ -19,11 +19,12 @@ class ProjectedMixture:
     Args:
         blocks: C_ij + C_ji (C_ii for i = j) in an orthonormal basis of the subspace, the lower triangles row by row,
             [P, k(k+1)/2]. r: class means as in `FeatureMixture`, in that basis, [M, C, k].
-        traces: tr C_ij [M, M] in all h directions, which the shrinkage is taken from. width: h. n: N.
+        traces: tr C_ij [M, M] in all h directions, which the shrinkage is taken from. noise [M]: as for
+            `FeatureMixture`. width: h. n: N.
     """
 
-    def __init__(self, blocks: Tensor, r: Tensor, traces: Tensor, width: int, n: int) -> None:
-        self.r, self.traces, self.width, self.n = r, traces, width, n
+    def __init__(self, blocks: Tensor, r: Tensor, traces: Tensor, noise: Tensor, width: int, n: int) -> None:
+        self.r, self.traces, self.noise, self.width, self.n = r, traces, noise, width, n
         m, _, k = r.shape
         self._blocks = blocks
         self._rows, self._columns = torch.tril_indices(k, k)
@@ -37,12 +38,14 @@ class ProjectedMixture:
         inside = torch.triu_indices(len(prompts), len(prompts))
         chosen = place[prompts[inside[0]], prompts[inside[1]]]
         traces = self.traces[prompts][:, prompts]
-        return ProjectedMixture(self._blocks[chosen], self.r[prompts], traces, self.width, self.n)
+        return ProjectedMixture(self._blocks[chosen], self.r[prompts], traces, self.noise[prompts], self.width, self.n)
 
     def value_and_gradient(self, weights: Tensor, a: float) -> tuple[float, Tensor]:
         """The confined H_a(α) and its gradient [M]."""
         m, k = len(weights), self.r.shape[2]
         along = self.traces @ weights
+        if bool(weights @ along <= mixed_noise(self.noise, weights, self.traces.diagonal())):
+            return 0.0, torch.zeros_like(weights)
         matrix = weights.new_zeros(k, k)
         matrix[self._rows, self._columns] = (1 - a) * (weights[self._first] * weights[self._second]) @ self._blocks
         matrix += matrix.tril(-1).T
@@ -79,9 +82,8 @@ class FeatureProjection:
             self._features = torch.cat([self._features, new], dim=2)
             self._blocks = torch.cat([self._blocks, _products(new, self._features, known)], dim=1)
         r = self.mixture.r @ basis.to(new.device)
-        return ProjectedMixture(
-            (self._blocks / self.mixture.n).cpu(), r.cpu(), self.mixture.traces.cpu(), len(basis), self.mixture.n
-        )
+        blocks, traces, noise = self._blocks / self.mixture.n, self.mixture.traces, self.mixture.noise
+        return ProjectedMixture(blocks.cpu(), r.cpu(), traces.cpu(), noise.cpu(), len(basis), self.mixture.n)
 
 
 class MomentProjection:
@@ -104,7 +106,8 @@ class MomentProjection:
             c[0] /= 2
             blocks.append(c[:, rows, columns])
         r = self.mixture.r @ basis
-        return ProjectedMixture(torch.cat(blocks).cpu(), r.cpu(), self.mixture.traces.cpu(), len(basis), n)
+        traces, noise = self.mixture.traces, self.mixture.noise
+        return ProjectedMixture(torch.cat(blocks).cpu(), r.cpu(), traces.cpu(), noise.cpu(), len(basis), n)
 
 
 def _products(new: Tensor, everything: Tensor, known: int) -> Tensor:

@@ -98,7 +98,9 @@ class ReducedHScore:
 
     def __call__(self, weights: Vector) -> tuple[float, Vector]:
         """α [M] → H confined to the basis, and its gradient [M]."""
-        assert self._mixture is not None, "nothing was shown yet"
+        assert self.basis is not None, "nothing was shown yet"
+        if self._mixture is None:  # no direction tells the classes apart
+            return 0.0, weights * 0
         value, gradient = self._mixture.value_and_gradient(torch.from_numpy(weights), self.intensity)
         return value, gradient.numpy()
 

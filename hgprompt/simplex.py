@@ -184,7 +184,8 @@ def _on_face(matrix: NDArray[np.float64], linear: Vector) -> tuple[Vector, float
 
 
 def _update_model(model: NDArray[np.float64], step: Vector, change: Vector) -> None:
-    """BFGS update in place, damped as by Powell so that the model stays positive definite where f is not convex."""
+    """BFGS update in place, damped as by Powell so that the model stays positive definite where f is not convex; and
+    regular in float64, where weights differ in effect by many orders of magnitude."""
     curvature = model @ step
     expected = float(step @ curvature)
     if expected <= 0:
@@ -194,3 +195,4 @@ def _update_model(model: NDArray[np.float64], step: Vector, change: Vector) -> N
     change = damping * change + (1 - damping) * curvature
     model -= np.outer(curvature, curvature) / expected
     model += np.outer(change, change) / float(step @ change)
+    model.flat[:: len(model) + 1] += 1e-14 * np.trace(model)

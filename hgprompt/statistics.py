@@ -10,6 +10,7 @@ Letters in shapes: M prompts, B images of a batch, N images in all, h feature wi
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -253,13 +254,21 @@ class EnsembleStatistics:
         self.__dict__.update(loaded.__dict__)
 
     def h_score(self, weights: Tensor, *, shrinkage: Any = "auto") -> float:
-        """H(α) of the mixed features Σα_i f_i (Eqs. 4 and 5); shrinkage as for `hgprompt.h_score`."""
+        """H(α) of the mixed features Σα_i f_i (Eqs. 4 and 5); shrinkage as for `hgprompt.h_score`.
+
+        Raises:
+            OptionError: weights that are not [M], not finite, or all 0. DataError, PromptError: as for
+                `hgprompt.objective.HScore`.
+        """
         from hgprompt.objective import HScore
 
         weights = torch.as_tensor(weights, dtype=torch.float64)
         if weights.shape != (self.num_prompts,):
             raise OptionError(f"weights must be [{self.num_prompts}], got {list(weights.shape)}")
-        return HScore(self, shrinkage=shrinkage)(weights.cpu().numpy())[0]
+        largest = weights.abs().max()
+        if not 0 < float(largest) < math.inf:
+            raise OptionError(f"weights must be finite and not all 0, got {weights.tolist()[:8]}")
+        return HScore(self, shrinkage=shrinkage)((weights / largest).cpu().numpy())[0]
 
     def features_and_labels(self, without_fold: int | None = None) -> tuple[Tensor, Tensor]:
         """Kept features [M, N, h] in their dtype and labels [N], optionally without one fold.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hgprompt.mixture import FeatureMixture, MomentMixture
+from hgprompt.mixture import FeatureMixture, MomentMixture, tells_apart
 from hgprompt.moments import Moments, merged
 from hgprompt.objective import HScore
 from hgprompt.simplex import Vector
@@ -28,7 +28,7 @@ def h_score_std(statistics: EnsembleStatistics, score: HScore, weights: Vector) 
         _, z = score.evaluate(weights)
         influence = score.mixture.influence(torch.from_numpy(weights), score.intensity, z)
         return float(influence.square().sum().sqrt()) / len(influence)
-    values = _without_folds(statistics.mixture_moments(torch.from_numpy(weights)), score.intensity)
+    values = _without_folds(statistics.mixture_moments(torch.from_numpy(weights)), score.intensity, statistics.dtype)
     return float(_jackknife_covariance(values[:, None]).sqrt())
 
 
@@ -53,7 +53,9 @@ def source_covariance(statistics: EnsembleStatistics, intensity: float, influenc
     """
     if influence is not None:
         return influence @ influence.T / influence.shape[1] ** 2
-    values = [_without_folds(statistics.prompt_moments(i), intensity) for i in range(statistics.num_prompts)]
+    values = [
+        _without_folds(statistics.prompt_moments(i), intensity, statistics.dtype) for i in range(statistics.num_prompts)
+    ]
     return _jackknife_covariance(torch.stack(values, dim=1))
 
 
@@ -96,13 +98,18 @@ def weight_error(weights_without_fold: Tensor, *, confidence: float = 0.9, seed:
     return float(np.quantile(np.abs(draws).sum(axis=1), confidence))
 
 
-def _without_folds(by_fold: Sequence[Moments], intensity: float) -> Tensor:
-    """H [K] of one prompt's or mixture's features without each fold in turn; NaN where a fold is empty or alone."""
+def _without_folds(by_fold: Sequence[Moments], intensity: float, dtype: torch.dtype) -> Tensor:
+    """H [K] of one prompt's or mixture's features without each fold in turn; NaN where a fold is empty or alone, and
+    where what is left has fewer than two classes, or features that are the same for every image."""
     if len(by_fold) < 2 or min(part.count for part in by_fold) == 0:
         return torch.full((len(by_fold),), torch.nan, dtype=torch.float64)
     one = torch.ones(1, dtype=torch.float64)
-    left = (MomentMixture(merged(by_fold, k)) for k in range(len(by_fold)))
-    return torch.tensor([mixture.discriminants(one, intensity)[0] for mixture in left], dtype=torch.float64)
+    values = torch.full((len(by_fold),), torch.nan, dtype=torch.float64)
+    for k in range(len(by_fold)):
+        left = merged(by_fold, k)
+        if tells_apart(left, one, dtype):
+            values[k] = MomentMixture(left, dtype).discriminants(one, intensity)[0]
+    return values
 
 
 def _jackknife_covariance(replicates: Tensor) -> Tensor:
