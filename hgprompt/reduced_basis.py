@@ -92,7 +92,7 @@ class ReducedHScore:
             left, size, _ = torch.linalg.svd(more, full_matrices=False)
             room = max(self.capacity // 2 - basis.shape[1], 0)
             basis = _extended(basis, left[:, :room] * size[:room])
-        if basis.shape[1] > known:
+        if basis.shape[1] > known or self._mixture is None:
             self._mixture = self._projection.onto(basis, known)
         self.basis = basis
 
