@@ -140,12 +140,14 @@ def fast_ensemble(
             if rule is None or not rule.due(labels) or not _is_problem(gather.statistics):
                 continue
             now = answer(pull_back=gather.num_gradient_images == 0)
-            if rule.look(now.solution.weights, now.without_fold):
+            known = rule.look(now.solution.weights, now.without_fold)
+            if known and fitted and lam > 0:
                 # The sample has grown since its gradients were taken: with new ones the answer must hold too.
-                now = answer(pull_back=True) if fitted and lam > 0 else now
-                if rule.look(now.solution.weights, now.without_fold):
-                    stopped = now
-                    break
+                now = answer(pull_back=True)
+                known = rule.look(now.solution.weights, now.without_fold)
+            if known:
+                stopped = now
+                break
         gather.reduce_statistics(process_group)
         _check_problem(gather.statistics)
         report("weights", 0, None)

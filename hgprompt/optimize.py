@@ -184,8 +184,7 @@ class WeightProblem:
             taken.append(int(np.argmin(slopes)))
             pool = np.asarray(taken)
             within = _PoolScore(self._reduced or self.score, pool, self.size)
-            alignment = None if self.alignment is None else Alignment(self.alignment.gram[np.ix_(pool, pool)])
-            part = Objective(within, alignment, lam, self.normalize)
+            part = Objective(within, self._alignment_of(pool), lam, self.normalize)
             starts = weights[pool], np.full(len(pool), 1 / len(pool))
             found = min((self._minimize(part, start) for start in starts), key=lambda m: m.value)
             weights = within.on_all(found.weights)
@@ -293,6 +292,10 @@ class WeightProblem:
     def _everyone(self) -> NDArray[np.int64]:
         return np.arange(self.size)
 
+    def _alignment_of(self, pool: NDArray[np.int64]) -> Alignment | None:
+        """The alignment of some prompts with their own mean."""
+        return None if self.alignment is None else Alignment(self.alignment.gram[np.ix_(pool, pool)])
+
     def _solve(
         self,
         lam: float,
@@ -303,9 +306,7 @@ class WeightProblem:
         warm: Sequence[Vector] = (),
     ) -> Solution:
         """Minimise over the prompts of a pool; the others have no weight."""
-        alignment = self.alignment
-        if alignment is not None and len(pool) < self.size:
-            alignment = Alignment(alignment.gram[np.ix_(pool, pool)])
+        alignment = self._alignment_of(pool)
         reduced = self._reduced if solver == "quasi-newton" else None
         score = _PoolScore(reduced or self.score, pool, self.size)
         function = Objective(score, alignment, lam, self.normalize)
@@ -397,8 +398,8 @@ class _PoolScore:
         return point
 
     def __call__(self, weights: Vector) -> tuple[float, Vector]:
-        if isinstance(self.score, ReducedHScore):
-            return self.score.within(self.pool)(weights)
+        if isinstance(self.score, ReducedHScore) and len(self.pool) < self.size:
+            return self.score.within(self.pool, weights)
         value, gradient = self.score(self.on_all(weights))
         return value, gradient[self.pool]
 

@@ -14,7 +14,6 @@ A dozen evaluations of the whole H-score then serve every start, every λ, and e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 from hgprompt.mixture import FeatureMixture
 from hgprompt.objective import HScore
 from hgprompt.projection import FeatureProjection, MomentProjection, ProjectedMixture
-from hgprompt.simplex import Function, Vector
+from hgprompt.simplex import Vector
 
 SMALLEST_WIDTH = 128
 """Below, the whole H-score is cheap enough."""
@@ -51,7 +50,8 @@ class ReducedHScore:
         else:
             self._projection = MomentProjection(score.mixture)
         self._mixture: ProjectedMixture | None = None
-        self._part: tuple[Any, ProjectedMixture | None] = (None, None)  # of the prompts asked for last
+        # Of the prompts that were asked for last.
+        self._part: tuple[tuple[ProjectedMixture, tuple[int, ...]], ProjectedMixture] | None = None
 
     @staticmethod
     def capacity_for(score: HScore) -> int:
@@ -92,34 +92,29 @@ class ReducedHScore:
             left, size, _ = torch.linalg.svd(more, full_matrices=False)
             room = max(self.capacity // 2 - basis.shape[1], 0)
             basis = _extended(basis, left[:, :room] * size[:room])
-        if basis.shape[1] > known or self._mixture is None:
+        if basis.shape[1] > known:
             self._mixture = self._projection.onto(basis, known)
         self.basis = basis
 
     def __call__(self, weights: Vector) -> tuple[float, Vector]:
         """α [M] → H confined to the basis, and its gradient [M]."""
+        return self._evaluate(self._mixture, weights)
+
+    def within(self, prompts: NDArray[np.int64], weights: Vector) -> tuple[float, Vector]:
+        """The same in the weights of some prompts [m], the others having none, at the cost of m prompts."""
+        if self._mixture is None:
+            return self(weights)
+        key = self._mixture, tuple(prompts.tolist())
+        if self._part is None or self._part[0] != key:
+            self._part = key, self._mixture.select(torch.from_numpy(prompts))
+        return self._evaluate(self._part[1], weights)
+
+    def _evaluate(self, mixture: ProjectedMixture | None, weights: Vector) -> tuple[float, Vector]:
         assert self.basis is not None, "nothing was shown yet"
-        if self._mixture is None:  # no direction tells the classes apart
-            return 0.0, weights * 0
-        value, gradient = self._mixture.value_and_gradient(torch.from_numpy(weights), self.intensity)
+        if mixture is None:  # no direction tells the classes apart
+            return 0.0, np.zeros_like(weights)
+        value, gradient = mixture.value_and_gradient(torch.from_numpy(weights), self.intensity)
         return value, gradient.numpy()
-
-    def within(self, prompts: NDArray[np.int64]) -> Function:
-        """The same as a function of the weights of some prompts [m], at the cost of m prompts."""
-        assert self._mixture is not None, "nothing was shown yet"
-        if len(prompts) == len(self._mixture.traces):
-            return self
-        key = tuple(prompts.tolist())
-        if self._part[0] != (key, self._mixture):
-            self._part = (key, self._mixture), self._mixture.select(torch.from_numpy(prompts))
-        part = self._part[1]
-        assert part is not None
-
-        def function(weights: Vector) -> tuple[float, Vector]:
-            value, gradient = part.value_and_gradient(torch.from_numpy(weights), self.intensity)
-            return value, gradient.numpy()
-
-        return function
 
 
 def _extended(basis: Tensor | None, directions: Tensor) -> Tensor:

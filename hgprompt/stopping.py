@@ -34,7 +34,7 @@ class StopRule:
         tolerance: on ‖α - α_∞‖₁, above 0 (2 is the largest distance there is). folds: of the statistics.
 
     Attributes:
-        error: the bound at the last look; NaN before.
+        num_images: seen so far. error: the bound at the last look; NaN before.
     """
 
     def __init__(self, tolerance: float, folds: int) -> None:
@@ -43,20 +43,17 @@ class StopRule:
         if folds < 2:
             raise OptionError("tolerance needs an estimate of the error: folds must be at least 2")
         self.tolerance = tolerance
+        self.num_images = 0
         self.error = math.nan
         self._next = max(FIRST, 4 * folds)
         self._labels: list[Tensor] = []
         self._looks: list[tuple[int, Tensor]] = []
         self._warned = False
 
-    @property
-    def num_images(self) -> int:
-        """Images seen."""
-        return sum(len(y) for y in self._labels)
-
     def due(self, labels: Tensor) -> bool:
         """Note the labels [B] of one more batch. Is it time to look at α?"""
         self._labels.append(labels)
+        self.num_images += len(labels)
         if self.num_images < self._next:
             return False
         self._next = math.ceil(self.num_images * GROWTH)
