@@ -204,8 +204,8 @@ def test_panda_is_cross_entropy_and_distance(model):
         assert float(learner.strengths[r]) == pytest.approx(0.7 * w)
         logits = learner.logits(images)
         each = cross_entropies(logits, labels)[0][r]
-        distance = sum(float(((logits[r, b] - taught[r, b]) ** 2).mean()) for b in range(5))
-        assert float(losses[r]) == pytest.approx(float(each) + 0.7 * w * distance, rel=1e-4)
+        distance = sum(((logits[r, b] - taught[r, b]) ** 2).mean().item() for b in range(5))
+        assert float(losses[r]) == pytest.approx(each.item() + 0.7 * w * distance, rel=1e-4)
         total = (each + learner.strengths[r] * (logits[r] - taught[r]).square().mean(1).sum()) / 5
         own = learner.parameters[r]
         for name, slope in zip(own, torch.autograd.grad(total, list(own.values())), strict=True):

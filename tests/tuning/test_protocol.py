@@ -10,7 +10,7 @@ import literal
 import pytest
 import torch
 
-from hgprompt import DataError, FrozenViT, OptionError
+from hgprompt import DataError, FrozenViT, OptionError, PromptPool
 from hgprompt.data import LabelledImages
 from hgprompt.tuning import TuneConfig, random_prompt, tune
 from hgprompt.tuning.method import Setting
@@ -85,10 +85,10 @@ def _without_seconds(outcome):
 
 
 def test_a_rate_that_diverges_loses(problem):
-    grid = Grid((1e6, 1.0), (1e3, 0.0))
+    grid = Grid((1e6, 1e-3), (1e3,))  # rate times decay: 1e9, and 1
     outcome = select_and_retrain(METHODS["VPT"], *problem, grid=grid, config=dataclasses.replace(CONFIG, epochs=12))
     assert outcome.grid[0]["accuracy"] == 0
-    assert (outcome.chosen.lr, outcome.chosen.weight_decay) == (1.0, 0.0)
+    assert (outcome.chosen.lr, outcome.chosen.weight_decay) == (1e-3, 1e3)
     with pytest.raises(DataError, match="diverges at every point"):
         select_and_retrain(
             METHODS["VPT"], *problem, grid=Grid((1e6,), (1e3,)), config=dataclasses.replace(CONFIG, epochs=12)
@@ -97,8 +97,6 @@ def test_a_rate_that_diverges_loses(problem):
 
 def test_methods_may_change_their_configs(problem):
     setting, val200, both, test = problem
-    from hgprompt import PromptPool
-
     pool = PromptPool({f"p{i}": random_prompt(setting.backbone, 2, seed=i) for i in range(2)})
     settings = (dataclasses.replace(s, pool=pool) for s in (setting, both))
     first, second = settings
