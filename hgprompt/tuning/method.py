@@ -48,14 +48,32 @@ class Cost:
     forward: int = 0
     backward: int = 0
 
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.forward + other.forward, self.backward + other.backward)
+
+    def epochs(self, images: int) -> float:
+        """The same work as epochs of tuning one prompt on so many images, each of which goes forward and backward."""
+        return (self.backward + self.forward / (1 + BACKWARD)) / images
+
+
+BACKWARD = 47.6 / 44.2
+"""A backward pass to the prompts, in forward passes: operations of a ViT-B/16 with 50 prompt tokens."""
+
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """Runs ready to be trained: the learner, what it cost to make it, and what to report (weights α, similarities)."""
+    """Runs ready to be trained.
+
+    Attributes:
+        learner: of the runs. cost: what it took to make it, for all runs together.
+        report: what to tell of it, JSON-able (weights α, similarities).
+        configs: the runs' configs where the method changes them (its own warm-up, more epochs); None: as they were.
+    """
 
     learner: Learner
     cost: Cost = field(default_factory=Cost)
     report: dict[str, object] = field(default_factory=dict)
+    configs: Sequence[TuneConfig] | None = None
 
 
 class Method(ABC):
@@ -63,12 +81,14 @@ class Method(ABC):
 
     Attributes:
         name: as the paper's Table 1 prints it. kind: whose learning-rate grid it takes: "prompt" (SGD), "linear" (SGD)
-            or "fine-tune" (AdamW). uses_pool: whether it needs source prompts.
+            or "fine-tune" (AdamW). uses_pool: whether it needs source prompts. runs_at_once: as many runs as should
+            train side by side, for memory's sake; None: as many as are usual for its kind.
     """
 
-    name: ClassVar[str]
+    name: str
     kind: ClassVar[str]
     uses_pool: ClassVar[bool] = False
+    runs_at_once: ClassVar[int | None] = None
 
     @abstractmethod
     def prepare(self, setting: Setting, configs: Sequence[TuneConfig]) -> Prepared:
