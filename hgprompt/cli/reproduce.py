@@ -11,6 +11,8 @@ import typer
 from hgprompt.cli import options
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from hgprompt.paper import Cell, Experiment, Lab, Store, Suite
 
 _PROTOCOL, _WORK = "Experiment", "Work"
@@ -96,6 +98,7 @@ def reproduce(
     share what they have in common. Under torchrun the processes share the cells; the last one to finish, or the same
     command later, writes the table.
     """
+    from hgprompt.bundled import load_model
     from hgprompt.cli import show
     from hgprompt.errors import OptionError
     from hgprompt.files import output_directory
@@ -122,7 +125,11 @@ def reproduce(
         None if known is None else known.backbone, backbone, weights, device, dtype, image_size, "mini", mean, std,
         interpolation,
     )  # fmt: skip
-    lab = Lab(vit, suite, plan, out, pool=known, sources=tuned)
+
+    def model() -> nn.Module:
+        return load_model(vit.name, checkpoint=None if weights is None else str(weights), img_size=vit.image_size)
+
+    lab = Lab(vit, model, suite, plan, out, pool=known, sources=tuned)
     request = make_request(wanted, lab, targets, _names(methods) or ())
     prepare, cells, store = lab.source_cells(), wanted.cells(lab, request), Store(out)
     if dry_run:

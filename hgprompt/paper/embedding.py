@@ -14,7 +14,7 @@ from hgprompt.errors import OptionError
 from hgprompt.objective import h_score
 from hgprompt.paper.cells import Cell, Work
 from hgprompt.paper.lab import Lab
-from hgprompt.paper.starts import Weighing, mix
+from hgprompt.tuning.methods import HGPrompt
 
 MAX_POINTS = 1000
 NEIGHBOURS = 5
@@ -42,15 +42,13 @@ def embedding_cell(lab: Lab, target: str, sources: Sequence[str], ensemble: str)
 
 def _embed(lab: Lab, target: str, sources: Sequence[str], ensemble: str, work: Work) -> dict[str, Any]:
     loaded, seed = lab.load(target, work.report), lab.plan.seeds[0]
-    pool = lab.pool(sources)
-    mixed = mix(
-        lab.backbone, pool, loaded.train800val200, Weighing("hgprompt", lab.plan.lam), seed=seed, report=work.report
-    )
+    work.report("mixing", 0, None)
+    mixed, _, about = HGPrompt(lab.plan.lam).start(lab.setting(loaded.train800val200, sources), seed)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(loaded.test), generator=generator)[:MAX_POINTS].sort().values
     pairs = [loaded.test[i] for i in chosen.tolist()]
     images, labels = torch.stack([image for image, _ in pairs]), torch.tensor([int(label) for _, label in pairs])
-    prompts = torch.cat([pool.stack(), mixed.prompt[None]])
+    prompts = torch.cat([lab.pool(sources).stack(), mixed[None]])
     with torch.no_grad():
         parts = []
         for start in range(0, len(images), 64):
@@ -65,7 +63,7 @@ def _embed(lab: Lab, target: str, sources: Sequence[str], ensemble: str, work: W
             "h_score": float(h_score(of_prompt, labels)),
             "neighbours": neighbour_accuracy(of_prompt, labels, NEIGHBOURS),
         }
-    return {"panels": panels, "labels": labels.tolist(), "weights": mixed.report["weights"]}
+    return {"panels": panels, "labels": labels.tolist(), "weights": about["weights"]}
 
 
 def neighbour_accuracy(features: Tensor, labels: Tensor, k: int) -> float:

@@ -13,15 +13,16 @@ import numpy as np
 
 from hgprompt.errors import DataError, OptionError
 from hgprompt.files import write_text
-from hgprompt.paper.bench import HGPROMPT, SINGLE, STARTS, UNIFORM, VPT, canonical_key, method_cell, weighing_of
-from hgprompt.paper.cells import Cell, Work
+from hgprompt.paper.bench import COMPARED, method_cell, method_key, method_of
+from hgprompt.paper.cells import Cell
 from hgprompt.paper.embedding import NEIGHBOURS, embedding_cell, require_tsne
 from hgprompt.paper.lab import Lab
-from hgprompt.paper.starts import mix
 from hgprompt.paper.tables import Table, accuracy_table
 from hgprompt.paper.tasks import canonical
+from hgprompt.paper.weights import WEIGHING, cosines_cell, weights_cell
 
 Records = Mapping[str, Mapping[str, Any]]
+HGPROMPT, UNIFORM = "HGPrompt", "uniform"
 LAMBDAS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -71,7 +72,7 @@ def _method_cells(lab: Lab, methods: Sequence[str], targets: Sequence[str]) -> l
 
 
 def _found(lab: Lab, method: str, task: str, records: Records) -> Mapping[str, Any] | None:
-    return records.get(f"{canonical_key(method)}.{lab.task(task).name}")
+    return records.get(method_key(method_of(method, lab.plan.lam), lab.task(task).name))
 
 
 def _table(lab: Lab, title: str, rows: Mapping[str, str], request: Request, records: Records) -> Table:
@@ -83,7 +84,7 @@ def _table(lab: Lab, title: str, rows: Mapping[str, str], request: Request, reco
             record = _found(lab, method, task, records)
             if record is not None:
                 accuracies[row][lab.task(task).name] = record["accuracies"]
-                parameters[row] = record["parameters"]
+                parameters[row] = record["num_parameters"]
     return accuracy_table(title, accuracies, [lab.task(t) for t in request.targets], parameters=parameters)
 
 
@@ -120,26 +121,8 @@ def _write_accuracies(
 # Figures 3 and 4
 
 
-def _weight_cell(lab: Lab, method: str, task: str, *, own: bool) -> Cell:
-    """α of a method for a target. own: with the target's own prompt among the sources, where it has one."""
-    weighing = weighing_of(method, lab.plan.lam)
-    if weighing is None:
-        raise OptionError(f"{method} weighs no sources")
-    sources = lab.sources(without=None if own else task)
-    folder = lab.task(task)
-
-    def run(work: Work) -> dict[str, Any]:
-        images = lab.load(task, work.report).train800val200
-        return mix(lab.backbone, lab.pool(sources), images, weighing, seed=lab.plan.seeds[0], report=work.report).report
-
-    options = {"rule": weighing.rule, "lam": weighing.lam, "pool": lab.pool_identity(sources)}
-    options |= {"own": own, "seed": lab.plan.seeds[0]}
-    key = f"weights{'-with-own' if own else ''}.{canonical_key(method)}.{folder.name}"
-    return Cell(key, lab.identity(task, **options), run)
-
-
 def _cells_fig3(lab: Lab, request: Request) -> list[Cell]:
-    return [_weight_cell(lab, HGPROMPT, task, own=False) for task in request.targets]
+    return [cosines_cell(lab, task) for task in request.targets]
 
 
 def _write_fig3(lab: Lab, request: Request, records: Records) -> list[Path]:
@@ -148,12 +131,12 @@ def _write_fig3(lab: Lab, request: Request, records: Records) -> list[Path]:
     names = lab.sources()
     stack, rows = [], []
     for task in request.targets:
-        record = records.get(_weight_cell(lab, HGPROMPT, task, own=False).key)
+        record = records.get(cosines_cell(lab, task).key)
         if record is None:
             continue
         matrix = np.full((len(names), len(names)), np.nan)
-        at = [names.index(n) for n in record["weights"]]
-        matrix[np.ix_(at, at)] = np.array(record["gradient_cosines"], dtype=float)
+        at = [names.index(n) for n in record["names"]]
+        matrix[np.ix_(at, at)] = np.array(record["cosines"], dtype=float)
         stack.append(matrix)
         rows += [[task, names[i], names[j], matrix[i, j]] for i in at for j in at if i < j]
     if not stack:
@@ -178,7 +161,7 @@ def _write_fig3(lab: Lab, request: Request, records: Records) -> list[Path]:
 
 
 def _cells_fig4(lab: Lab, request: Request) -> list[Cell]:
-    return [_weight_cell(lab, method, task, own=True) for task in request.targets for method in request.methods]
+    return [weights_cell(lab, method, task) for task in request.targets for method in request.methods]
 
 
 def _write_fig4(lab: Lab, request: Request, records: Records) -> list[Path]:
@@ -190,7 +173,7 @@ def _write_fig4(lab: Lab, request: Request, records: Records) -> list[Path]:
     for method in request.methods:
         matrix = np.full((len(request.targets), len(sources)), np.nan)
         for t, task in enumerate(request.targets):
-            record = records.get(_weight_cell(lab, method, task, own=True).key)
+            record = records.get(weights_cell(lab, method, task).key)
             if record is not None:
                 matrix[t] = [record["weights"][s] for s in sources]
                 rows += [[method, task, s, w] for s, w in record["weights"].items()]
@@ -292,7 +275,7 @@ EXPERIMENTS = {
     for e in (
         Experiment(
             "table1", "Table 1: methods on VTAB-1k tasks",
-            lambda lab, r: _method_cells(lab, r.methods, r.targets), _write_table1, methods=tuple(STARTS),
+            lambda lab, r: _method_cells(lab, r.methods, r.targets), _write_table1, methods=tuple(COMPARED),
         ),
         Experiment(
             "table2", "Table 2: what each part of the objective adds",
@@ -304,7 +287,7 @@ EXPERIMENTS = {
         Experiment("fig3", "Figure 3: cosines of the sources' gradients", _cells_fig3, _write_fig3),
         Experiment(
             "fig4", "Figure 4: weights of the sources for each target", _cells_fig4, _write_fig4,
-            methods=(SINGLE, HGPROMPT),
+            methods=WEIGHING,
         ),
         Experiment(
             "fig5", "Figure 5: features under single sources and mixed", _cells_fig5, _write_fig5,
@@ -327,8 +310,7 @@ def make_request(experiment: Experiment, lab: Lab, targets: Sequence[str], metho
     if methods and not experiment.methods:
         raise OptionError(f"{experiment.name} compares what the paper compares: it takes no --methods")
     for method in methods:
-        if weighing_of(method, lab.plan.lam) is None and experiment.name == "fig4":
-            raise OptionError(f"{VPT} weighs no sources: fig4 has nothing to show of it")
+        method_of(method, lab.plan.lam)
     if not targets:
         raise DataError(f"none of the tasks of {experiment.name} is in {lab.suite.root}: name yours with --tasks")
     return Request(tuple(dict.fromkeys(map(canonical, targets))), tuple(methods) or experiment.methods)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hgprompt.backbone import FrozenViT
+from hgprompt.data import LabelledImages
 from hgprompt.errors import DataError, OptionError, PromptError
 from hgprompt.paper.cells import Cell, Work
 from hgprompt.paper.tasks import LoadedTask, Suite, TaskFolder, canonical
 from hgprompt.pool import PromptPool
 from hgprompt.progress import Reporter
 from hgprompt.tuning import TuneConfig, random_prompt, tune
+from hgprompt.tuning.method import Setting
 
 RECIPE = 1
 """Version of the recipes: raised where the same options give other numbers, so that old cells are not mixed in."""
@@ -65,7 +67,8 @@ class Lab:
     """Makes cells that are fully identified, and gives them what they need when they run.
 
     Args:
-        backbone: the frozen network. suite: targets, and where no pool is given the sources too.
+        backbone: the frozen network. model: makes it as a timm model in float32.
+        suite: targets, and where no pool is given the sources too.
         plan: how. out: the folder of all results.
         pool: source prompts; None: one is tuned on each of `sources`.
         sources: tasks to tune source prompts on, when no pool is given; None: all of the suite.
@@ -77,6 +80,7 @@ class Lab:
     def __init__(
         self,
         backbone: FrozenViT,
+        model: Callable[[], nn.Module],
         suite: Suite,
         plan: Plan,
         out: str | Path,
@@ -84,7 +88,7 @@ class Lab:
         pool: PromptPool | None = None,
         sources: Sequence[str] | None = None,
     ) -> None:
-        self.backbone, self.suite, self.plan, self.out = backbone, suite, plan, Path(out)
+        self.backbone, self.model, self.suite, self.plan, self.out = backbone, model, suite, plan, Path(out)
         self._given, self._made, self._loaded = pool, None, None
         if pool is not None:
             pool.check_backbone(backbone.info)
@@ -184,9 +188,19 @@ class Lab:
     def pool_file(self) -> Path:
         return self.out / "pool.safetensors"
 
-    def random_start(self, seed: int) -> Tensor:
-        """VPT's random prompt."""
-        return random_prompt(self.backbone, self.plan.tokens, deep=self.plan.deep, seed=seed)
+    # Targets
+
+    def setting(self, images: LabelledImages, sources: Sequence[str]) -> Setting:
+        """What a method gets of a target: these training images and these source prompts; none where none are named."""
+        return Setting(
+            self.backbone, self.model, images, images.num_classes, self.plan.tokens, self.plan.deep,
+            self.pool(sources) if sources else None,
+        )  # fmt: skip
+
+    def config(self) -> TuneConfig:
+        """Of all tuning on targets; rates, decay and seed are the protocol's business. Dropout is VPT's."""
+        plan = self.plan
+        return TuneConfig(epochs=plan.epochs, batch_size=plan.batch_size, prompt_dropout=0.1 if plan.deep else 0.0)
 
     def _source_config(self) -> TuneConfig:
         return TuneConfig(
@@ -205,8 +219,9 @@ class Lab:
 
         config = self._source_config()
         images = self.load(name, work.report).train800val200
+        start = random_prompt(self.backbone, self.plan.tokens, deep=self.plan.deep, seed=self.plan.pool_seed)
         tuned = tune(
-            self.backbone, {name: self.random_start(self.plan.pool_seed)}, images, config=config,
+            self.backbone, {name: start}, images, config=config,
             checkpoint=work.checkpoints / "tuning.safetensors", progress=work.report, stage=f"source {name}",
         )  # fmt: skip
         last = tuned.history[-1]

@@ -38,7 +38,7 @@ class AttemptLearner(Learner):
 
     def instance_prompts(self, images: Tensor) -> Tensor:
         """A prompt for every image, [R, B, p, d] or [R, B, L, p, d]; images [B, 3, H, W] or [R, B, 3, H, W]."""
-        x = self._pooled(images)
+        x = self.pooled(images)
         answers = []
         for r, own in enumerate(self.parameters):
             a = attention(x if x.ndim == 2 else x[r], self.source_keys, own)
@@ -70,7 +70,7 @@ class AttemptLearner(Learner):
         prompts.backward(gradient.view_as(prompts).to(prompts.dtype) / images)
         return losses.detach().double().cpu(), correct.double().cpu()
 
-    def _pooled(self, images: Tensor) -> Tensor:
+    def pooled(self, images: Tensor) -> Tensor:
         """x̂ [B, d] or [R, B, d], float32."""
         vit = self.backbone
         with torch.no_grad():
