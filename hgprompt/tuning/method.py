@@ -66,7 +66,7 @@ class Method(ABC):
             or "fine-tune" (AdamW). uses_pool: whether it needs source prompts.
     """
 
-    name: ClassVar[str]
+    name: str
     kind: ClassVar[str]
     uses_pool: ClassVar[bool] = False
 
