@@ -129,10 +129,10 @@ class TestEveryMethod:
         learner = moved(method.prepare(setting, CONFIGS).learner)
         inputs = learner.prepare(setting.train.images)
         shared = learner.logits(inputs, step=step)
-        orders = torch.stack(
-            [torch.randperm(len(inputs), generator=torch.Generator().manual_seed(r)) for r in range(3)]
-        )
-        if step is not None:
+        if step is None:
+            source = torch.Generator().manual_seed(0)
+            orders = torch.stack([torch.randperm(len(inputs), generator=source) for _ in CONFIGS])
+        else:
             orders = torch.arange(len(inputs)).expand(3, -1)  # a dropout mask belongs to the place in a batch
         each = learner.logits(inputs[orders], step=step)
         chosen = torch.stack([row[order] for row, order in zip(shared, orders, strict=True)])
@@ -155,24 +155,27 @@ class TestEveryMethod:
         assert not torch.equal(logits[1], logits[2])
 
     def test_learns(self, method):
-        images = coloured(48, size=64)
-        setting = setting_of(mini_model(), images)
-        rate = {"prompt": 0.1, "linear": 0.05, "fine-tune": 1e-3}[method.kind]
+        images = coloured(40, size=32)
+        setting = setting_of(mini_model(32), images)
         learner = method.prepare(setting, CONFIGS[:1]).learner
         trained = list(learner.parameters[0].values())
+        optimizer: torch.optim.Optimizer
         if method.kind == "fine-tune":
-            optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, lr=rate)
+            optimizer = torch.optim.AdamW(trained, lr=2e-3)
         else:
-            optimizer = torch.optim.SGD(trained, lr=rate, momentum=0.9)
+            optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9)
         inputs = learner.prepare(images.images)
-        for step in range(12):
-            chosen = torch.arange(step % 2, 48, 2) if method.kind == "prompt" else torch.arange(48)
-            optimizer.zero_grad()
-            learner.backward(inputs[chosen], images.labels[chosen], step)
-            optimizer.step()
-        with torch.no_grad():
-            accuracy = (learner.logits(inputs)[0].argmax(1) == images.labels).double().mean()
-        assert accuracy > 0.7  # chance is 0.25
+        accuracy = []
+        for steps in (0, 10):
+            for step in range(steps):
+                optimizer.zero_grad()
+                learner.backward(inputs, images.labels, step)
+                optimizer.step()
+            with torch.no_grad():
+                right = learner.logits(inputs)[0].argmax(1) == images.labels
+            accuracy.append(right.double().mean().item())
+        assert accuracy[0] < 0.5  # chance is 0.25
+        assert accuracy[1] > 0.75
 
 
 @pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
@@ -242,7 +245,7 @@ def test_dropout_of_the_mlp(setting):
     learner = MLP(3).prepare(setting, CONFIGS).learner
     masks = learner._masks(2000, 7)
     assert masks.shape == (3, 2, 2000, setting.backbone.width)
-    assert set(masks.unique().tolist()) == {0.0, pytest.approx(1 / 0.9)}
+    assert masks.unique().tolist() == pytest.approx([0, 1 / 0.9])
     # 192,000 draws with a chance of 0.1: the deviation of their mean is 0.0007.
     assert (masks == 0).double().mean().item() == pytest.approx(0.1, abs=0.004)
     assert torch.equal(masks[0], masks[2])
@@ -358,7 +361,7 @@ def test_adapter_is_a_hook_behind_the_feed_forward_part(options):
 def test_first_values_of_the_adapter(setting):
     own = [Adapter(2, init).prepare(setting, CONFIGS).learner.parameters for init in ("houlsby", "vpt")]
     for name, value in own[0][0].items():
-        if name.endswith("adapter.down.weight") or name.endswith("adapter.up.weight"):
+        if name.endswith(("adapter.down.weight", "adapter.up.weight")):
             # 128 draws of a normal cut at two deviations, whose deviation is 0.88 σ.
             assert value.std().item() == pytest.approx(0.88 * HOULSBY_STD, rel=0.3)
             assert value.abs().max() <= 2 * HOULSBY_STD

@@ -54,11 +54,11 @@ class Adapter(Method):
     def prepare(self, setting: Setting, configs: Sequence[TuneConfig]) -> Prepared:
         model = frozen_model(setting)
         hidden = self._hidden(setting)
-        for block in model.blocks:
-            adapter = Bottleneck(setting.backbone.width, hidden).to(setting.backbone.device).requires_grad_(False)
-            # Behind the LayerScale, where a block has one: what the bottleneck reads is what is added.
-            block.ls2 = nn.Sequential(OrderedDict(scale=block.ls2, adapter=adapter))
-        model.eval()
+        with torch.random.fork_rng(devices=[]):  # nn.Linear draws weights, to be replaced, from the global generator
+            for block in model.blocks:
+                adapter = Bottleneck(setting.backbone.width, hidden).to(setting.backbone.device).requires_grad_(False)
+                # Behind the LayerScale, where a block has one: what the bottleneck reads is what is added.
+                block.ls2 = nn.Sequential(OrderedDict(scale=block.ls2, adapter=adapter)).eval()
         trained = [self._start(model, config) for config in configs]
         return Prepared(NetworkLearner(model, trained, configs, setting.backbone, setting.num_classes))
 
