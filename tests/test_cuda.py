@@ -92,7 +92,7 @@ def test_features_that_are_not_finite_are_found(batch):
 @pytest.mark.parametrize("keep", ["features", "moments"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_statistics_and_solve_agree_with_the_cpu(dtype, keep):
-    """Sums over 60 images of numbers near 1: products are float64 or three-fold TF32 (1e-6) on the GPU, float64 here."""
+    """Sums over 60 images of numbers near 1: products are float64 or three-fold TF32 (1e-6) there, float64 here."""
     g = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 3
     features = torch.randn(4, 60, 160, generator=g) + torch.randn(4, 3, 160, generator=g)[:, labels]
