@@ -31,9 +31,10 @@ part() { # part NAME SECONDS COMMAND...
   echo "== $name: exit ${PIPESTATUS[0]}"
 }
 
-# Hundreds of small kernels are compiled in the tests: side by side where that can be had.
-beside=
-if [ -z "$rehearse" ] && python3 -c 'import xdist' 2>/dev/null; then beside="-n 12"; fi
+# Hundreds of small kernels are compiled in the tests: side by side where that can be had. The project's own options of
+# pytest ask for pytest-xdist.
+beside="-o addopts=--import-mode=importlib"
+if [ -z "$rehearse" ] && python3 -c 'import xdist' 2>/dev/null; then beside="$beside -n 12"; fi
 # shellcheck disable=SC2086
 part tests 280 python3 -m pytest -q -p no:cacheprovider $beside tests/test_cuda.py tests/test_operations.py tests/kernels \
   --deselect tests/kernels/test_report.py
@@ -44,5 +45,6 @@ part tune 200 python3 benchmarks/gpu_tune.py "$out/gpu-tune.json" --seconds 150 
 part statistics 100 python3 benchmarks/gpu_statistics.py "$out/gpu-statistics.json" $rehearse
 part compiled 400 python3 benchmarks/gpu_encode.py "$out/gpu-encode-compiled.json" --compiled $rehearse
 part profile 60 python3 benchmarks/gpu_paper.py "$out/gpu-profile.json" --profile $rehearse
-part rest 200 python3 -m pytest -q -p no:cacheprovider tests/test_encoder.py tests/test_objective.py tests/test_ensemble.py
+# shellcheck disable=SC2086
+part rest 200 python3 -m pytest -q -p no:cacheprovider $beside tests/test_encoder.py tests/test_objective.py tests/test_ensemble.py
 tar -czf "$out/gpu.tar.gz" -C "$out" $(cd "$out" && ls gpu-*.json gpu-*.log 2>/dev/null)

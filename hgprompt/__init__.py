@@ -21,6 +21,7 @@ from hgprompt.errors import (
     PromptError,
     StatisticsError,
 )
+from hgprompt.memory import Footprint, footprint
 from hgprompt.objective import alignment_loss, gram_of, h_score
 from hgprompt.optimize import Diagnostics, Solution, WeightProblem, optimize_weights
 from hgprompt.pool import BackboneInfo, PromptPool
@@ -38,6 +39,7 @@ __all__ = [
     "EnsembleResult",
     "EnsembleStatistics",
     "FileFormatError",
+    "Footprint",
     "FrozenViT",
     "HGPromptError",
     "HGPromptWarning",
@@ -53,6 +55,7 @@ __all__ = [
     "alignment_loss",
     "encode",
     "fast_ensemble",
+    "footprint",
     "gram_of",
     "h_score",
     "load_backbone",

@@ -58,6 +58,7 @@ def fast_ensemble(
     max_steps: int = 200,
     learning_rate: float = 0.005,
     keep: Keep = "auto",
+    max_bytes: int | None = None,
     micro_batch: int | None = None,
     impl: Impl = "auto",
 ) -> EnsembleResult:
@@ -90,7 +91,10 @@ def fast_ensemble(
         tolerance: stop reading as soon as ‖α - α_∞‖₁ is at most this with 90 % confidence (`hgprompt.stopping`; 0.1 is
             a useful start); the loader must be shuffled. None: read all images.
         gap_tolerance: Frank–Wolfe gap at which the solver stops.
-        keep: what is kept of the features: "features", "moments", or "auto": whichever is smaller.
+        keep: what is kept of the features: "features", "moments", or "auto": whichever is smaller; `hgprompt.footprint`
+            says beforehand what either takes.
+        max_bytes: memory for it; None: what the device has free, less a fifth. Where the loader has a length,
+            statistics that would not fit are refused with the first batch.
         micro_batch: image–prompt pairs in the network at one time; memory grows with it, not with M or N.
         impl: engine of the network, as for `encode`.
 
@@ -118,7 +122,10 @@ def fast_ensemble(
         pool, stack, vit = resolve(prompts, backbone, device, dtype)
         names = pool.names
         operations.select(vit, impl)
-        gather = _Pass(vit, stack, names, folds=folds, keep=keep, micro_batch=micro_batch, impl=impl)
+        # A stream that may stop early is not refused for the images that it would not read.
+        shards = 0 if rule is not None else _num_ranks(process_group)
+        statistics = EnsembleStatistics(folds=folds, keep=keep, max_bytes=max_bytes)
+        gather = _Pass(vit, stack, names, statistics, shards=shards, micro_batch=micro_batch, impl=impl)
         sample = ImageSample(gradient_images if fitted else 0, folds, seed)
 
         def answer(*, pull_back: bool) -> _Answer:
@@ -207,24 +214,27 @@ class _Answer(NamedTuple):
 
 
 class _Pass:
-    """One pass over the images: statistics of the features, and gradients of the task loss by fold."""
+    """One pass over the images: statistics of the features, and gradients of the task loss by fold.
+
+    Args:
+        shards: how many loaders of this length will be merged here; 0 where its length says nothing.
+    """
 
     def __init__(
         self,
         vit: FrozenViT,
         prompts: Tensor,
         names: Sequence[str],
+        statistics: EnsembleStatistics,
         *,
-        folds: int,
-        keep: Keep,
+        shards: int,
         micro_batch: int | None,
         impl: Impl,
     ) -> None:
         # On the device once, and not with every batch.
         self.vit, self.prompts, self.names = vit, prompts.to(vit.device, vit.dtype), names
         self.options: dict[str, Any] = {"micro_batch": micro_batch, "impl": impl}
-        self.folds = folds
-        self.statistics = EnsembleStatistics(folds=folds, keep=keep)
+        self.statistics, self.folds, self.shards = statistics, statistics.folds, shards
         self.gradients: Tensor | None = None  # [folds, M, p, d], summed over the images of each fold
         self.num_gradient_images = 0
 
@@ -245,6 +255,8 @@ class _Pass:
         total = num_batches(loader)
         report("images", 0, total)
         for done, (images, labels) in enumerate(read(loader, self.vit), start=1):
+            if done == 1 and total is not None:
+                self.statistics.expect(total * len(labels) * self.shards)
             if loss is None:
                 with torch.no_grad():
                     features = encode(self.vit, self.prompts, images, **self.options)
@@ -380,6 +392,14 @@ def _mixing_gap(
         under_mixture = encode(gather.vit, mixed[None], images, **gather.options)[0]
     a, b = (float(h_score(f, labels, shrinkage=intensity)) for f in (blend, under_mixture))
     return a, b
+
+
+def _num_ranks(group: Any) -> int:
+    if group is None:
+        return 1
+    import torch.distributed as dist
+
+    return dist.get_world_size(group)
 
 
 def _gather(part: Tensor, dim: int, group: Any) -> Tensor:

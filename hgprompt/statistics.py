@@ -1,8 +1,9 @@
 """Streaming class-conditional statistics of the features of M prompts.
 
 Two exact representations of the same problem: the features themselves (N·M·h numbers), or their moments (second
-moments of every pair of prompts and class sums, about M²h²/2 + C·M·h numbers). Features are kept until moments are
-smaller. Everything after the network is float64: it costs nothing beside the network.
+moments of every pair of prompts and class sums, about M²h²/2 + C·M·h numbers). Where the number of images is known
+beforehand, the smaller one is chosen with the first batch; else features are kept until moments are smaller. Everything
+after the network is float64: it costs nothing beside the network.
 
 Letters in shapes: M prompts, B images of a batch, N images in all, h feature width, C observed classes.
 """
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hgprompt.errors import DataError, OptionError, StatisticsError
+from hgprompt.memory import Footprint, Representation, available_bytes, footprint, in_words
 from hgprompt.moments import Moments, merged, mixed
 
 logger = logging.getLogger(__name__)
@@ -36,15 +38,22 @@ class EnsembleStatistics:
         folds: groups of images that can be left out again (`Problem` without a fold), for jackknife errors and
             cross-fitting. Moments are kept once per fold.
         keep: "features", "moments", or "auto": whichever takes fewer bytes.
+        max_bytes: memory that the statistics and their solve may take (`hgprompt.footprint`); None: what the device of
+            the first batch has free, less a fifth.
     """
 
-    def __init__(self, *, folds: int = 1, keep: Keep = "auto") -> None:
+    def __init__(self, *, folds: int = 1, keep: Keep = "auto", max_bytes: int | None = None) -> None:
         if folds < 1:
             raise OptionError(f"folds must be at least 1, got {folds}")
         if keep not in ("auto", "features", "moments"):
             raise OptionError(f"keep must be 'auto', 'features' or 'moments', got {keep!r}")
+        if max_bytes is not None and max_bytes < 1:
+            raise OptionError(f"max_bytes must be at least 1, got {max_bytes}")
         self.folds = folds
         self.keep: Keep = keep
+        self.max_bytes = max_bytes
+        self._limit = max_bytes
+        self._expected = 0
         self._num_images = 0
         self._shape: tuple[int, int] | None = None
         self._dtype = torch.float64
@@ -82,7 +91,7 @@ class EnsembleStatistics:
         return tuple(sorted(self._classes))
 
     @property
-    def keeps(self) -> Literal["features", "moments"]:
+    def keeps(self) -> Representation:
         """The representation in use now."""
         return "features" if self._moments is None else "moments"
 
@@ -92,6 +101,10 @@ class EnsembleStatistics:
         tensors = [*self._features, *self._labels, *self._fold_of]
         return sum(t.numel() * t.element_size() for t in tensors) + sum(m.nbytes for m in self._moments or [])
 
+    def expect(self, num_images: int) -> None:
+        """Say how many images will come, about: what is kept is then chosen, or refused, with the first batch."""
+        self._expected = num_images
+
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Take in one batch.
 
@@ -100,8 +113,8 @@ class EnsembleStatistics:
             labels: [B], integers, at least 0.
 
         Raises:
-            StatisticsError: the shape differs from that of earlier batches. DataError: labels that are no class
-                indices, or features that are not finite.
+            StatisticsError: the shape differs from that of earlier batches, or neither representation has room.
+            DataError: labels that are no class indices, or features that are not finite.
         """
         if features.ndim != 3 or not features.is_floating_point():
             raise StatisticsError(
@@ -111,18 +124,23 @@ class EnsembleStatistics:
         shape = features.shape[0], features.shape[2]
         if self._shape is None:
             self._shape, self._dtype = shape, features.dtype
+            self._limit = available_bytes(features.device) if self.max_bytes is None else self.max_bytes
         elif shape != self._shape:
             raise StatisticsError(f"features are of (M, h) = {shape}, earlier batches were of {self._shape}")
         self._finite.check(features, self._num_images)
         batch = features.shape[1]
+        classes = self._classes.union(labels.unique().tolist())
+        chosen = self._representation(self._num_images + batch, len(classes))
+        if self._num_images == 0:
+            logger.info("%s", self._plan(batch, len(classes)))
         fold_of = (torch.arange(self._num_images, self._num_images + batch) % self.folds).to(torch.int32)
         self._num_images += batch
-        self._classes.update(labels.unique().tolist())
+        self._classes = classes
         if self._moments is None:
             self._features.append(features.detach().clone())
             self._labels.append(labels)
             self._fold_of.append(fold_of)
-            if self.keep == "moments" or (self.keep == "auto" and self._moments_are_smaller()):
+            if chosen == "moments":
                 self._to_moments()
         else:
             _add_by_fold(self._moments, features.detach(), labels, fold_of)
@@ -134,7 +152,7 @@ class EnsembleStatistics:
             StatisticsError: only moments are kept: what Ledoit–Wolf's intensity needs of another mixture is not there.
         """
         features, labels = self.features_and_labels()
-        part = EnsembleStatistics(folds=self.folds, keep=self.keep)
+        part = self._like_this()
         part._num_images, part._shape, part._dtype = self._num_images, (len(prompts), self.width), self._dtype
         part._classes, part._labels, part._fold_of = set(self._classes), [labels], [self.fold_of]
         part._features = [features[list(prompts)]]
@@ -157,13 +175,14 @@ class EnsembleStatistics:
             )
         if self._shape is None:
             self._shape, self._dtype = other._shape, other._dtype
-        self._num_images += other._num_images
-        self._classes |= other._classes
+        num_images, classes = self._num_images + other._num_images, self._classes | other._classes
+        chosen = self._representation(num_images, len(classes))
+        self._num_images, self._classes = num_images, classes
         if self._moments is None and other._moments is None:
             self._features += other._features
             self._labels += other._labels
             self._fold_of += other._fold_of
-            if self.keep == "auto" and self._moments_are_smaller():
+            if chosen == "moments":
                 self._to_moments()
             return
         if self._moments is None:
@@ -191,9 +210,9 @@ class EnsembleStatistics:
         states: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(states, _map_tensors(self.state_dict(), lambda t: t.cpu()), group=group)
         device = self._features[0].device if self._features else None
-        merged = EnsembleStatistics(folds=self.folds, keep=self.keep)
+        merged = self._like_this()
         for state in states:
-            part = EnsembleStatistics(folds=self.folds, keep=self.keep)
+            part = self._like_this()
             part.load_state_dict(state)
             merged.merge(part)
         if merged._shape is None:
@@ -231,7 +250,7 @@ class EnsembleStatistics:
                 f"state has version {state.get('version')} and {state.get('folds')} folds; expected 1 and {self.folds}"
             )
         shape = state.get("shape")
-        loaded = EnsembleStatistics(folds=self.folds, keep=self.keep)
+        loaded = self._like_this()
         loaded._shape = None if shape is None else (int(shape[0]), int(shape[1]))
         loaded._num_images = int(state["num_images"])
         loaded._dtype = getattr(torch, state["dtype"])
@@ -335,16 +354,50 @@ class EnsembleStatistics:
             raise StatisticsError("no images yet: the statistics are empty")
         return self._shape
 
-    def _moments_are_smaller(self) -> bool:
+    def _like_this(self) -> EnsembleStatistics:
+        """Empty statistics with the same options."""
+        return EnsembleStatistics(folds=self.folds, keep=self.keep, max_bytes=self.max_bytes)
+
+    def _footprint(self, num_images: int, num_classes: int) -> dict[Representation, Footprint]:
         assert self._shape is not None
-        m, h = self._shape
-        return self.folds * Moments.bytes_for(m, h, len(self._classes)) < self.nbytes
+        return footprint(
+            *self._shape, num_images, num_classes=num_classes, folds=self.folds, itemsize=self._dtype.itemsize
+        )
+
+    def _representation(self, num_images: int, num_classes: int) -> Representation:
+        """What to keep of so many images, or of as many as are expected; StatisticsError where there is no room."""
+        sizes = self._footprint(max(num_images, self._expected), num_classes)
+        if self._moments is not None or self.keep == "moments":
+            kinds: list[Representation] = ["moments"]
+        elif self.keep == "features":
+            kinds = ["features"]
+        else:
+            kinds = sorted(sizes, key=lambda kind: sizes[kind].kept)
+        for kind in kinds:
+            if self._limit is None or sizes[kind].peak <= self._limit:
+                return kind
+        limit = in_words(self._limit)  # type: ignore[arg-type]
+        raise StatisticsError(
+            f"{self._plan(num_images, num_classes)}; {limit} can be had. Use fewer images; or fewer prompts "
+            "(hgprompt.select_prompts finds the best of a large pool); for features, a dtype of fewer bytes; for "
+            "moments, fewer folds; or raise max_bytes, where there is more memory than it says"
+        )
+
+    def _plan(self, num_images: int, num_classes: int) -> str:
+        """What either representation takes, in words."""
+        count = max(num_images, self._expected)
+        needs = [
+            f"{in_words(size.kept)} as {kind} ({in_words(size.peak)} in the solve)"
+            for kind, size in self._footprint(count, num_classes).items()
+            if self.keep in ("auto", kind)
+        ]
+        return f"statistics of {self._shape[0]} prompts and {count} images take {' or '.join(needs)}"  # type: ignore[index]
 
     def _to_moments(self) -> None:
         moments = [Moments(*self._require_shape()) for _ in range(self.folds)]
         for batch in zip(self._features, self._labels, self._fold_of, strict=True):
             _add_by_fold(moments, *batch)
-        logger.info("%d images: moments are smaller than features from here on", self._num_images)
+        logger.info("%d images: moments take the place of features from here on", self._num_images)
         self._moments, self._features, self._labels, self._fold_of = moments, [], [], []
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 
-import pytest
-import torch
+# Workers side by side share the cores, and so do the programs that tests start; to be said before torch is imported.
+_CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ.setdefault("OMP_NUM_THREADS", str(_CORES))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     # Without a GPU, Triton's interpreter runs the kernels on the CPU. It has to be said before Triton is imported.
@@ -22,7 +26,7 @@ def pytest_configure(config):
 @pytest.fixture
 def all_cores():
     """For the few tests with a real network."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(_CORES)
     yield
     torch.set_num_threads(1)
 

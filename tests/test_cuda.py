@@ -6,7 +6,7 @@ import literal
 import pytest
 import torch
 
-from hgprompt import EnsembleStatistics, FrozenViT, encode, fast_ensemble, network, operations
+from hgprompt import EnsembleStatistics, FrozenViT, WeightProblem, encode, fast_ensemble, network, operations
 from hgprompt.encoder import pull_back
 from hgprompt.errors import DataError
 
@@ -87,6 +87,37 @@ def test_features_that_are_not_finite_are_found(batch):
 
     with pytest.raises(DataError, match=f"batch after image {4 * batch}"):
         gather()
+
+
+@pytest.mark.parametrize("keep", ["features", "moments"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_statistics_and_solve_agree_with_the_cpu(dtype, keep):
+    """Sums over 60 images of numbers near 1: products are float64 or three-fold TF32 (1e-6) there, float64 here."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    features = torch.randn(4, 60, 160, generator=g) + torch.randn(4, 3, 160, generator=g)[:, labels]
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    found = []
+    for device in ("cpu", "cuda"):
+        statistics = EnsembleStatistics(folds=4, keep=keep)
+        for start in range(0, 60, 25):
+            batch = slice(start, start + 25)
+            statistics.update(features[:, batch].to(device, dtype), labels[batch])
+        problem = WeightProblem(statistics)
+        solution = problem.solve(0.0)
+        value, gradient = problem.score(weights.numpy())
+        found.append(
+            [
+                torch.tensor([value, problem.h_score_std(weights)]),
+                torch.as_tensor(gradient),
+                problem.source_h_scores,
+                problem.source_covariance,
+                solution.weights,
+                problem.jackknife(solution, None, 0.0),
+            ]
+        )
+    for here, there in zip(*found, strict=True):
+        torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])

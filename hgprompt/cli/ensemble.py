@@ -68,6 +68,8 @@ def ensemble(
     with output_directory(out):
         vit = options.load_backbone(prompts.backbone, backbone, weights, device, dtype, image_size)
         images = options.load_images(data, split, vit, limit=limit, quiet=quiet or as_json)
+        if not (quiet or as_json):
+            show.print_memory(len(prompts), vit.width, len(images), images.num_classes, vit.dtype.itemsize)
         loader: Any
         if isinstance(images, ImageDataset):
             from torch.utils.data import DataLoader

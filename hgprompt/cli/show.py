@@ -47,6 +47,19 @@ def ensemble_numbers(result: EnsembleResult) -> dict[str, Any]:
     } | {key: getattr(result, key) for key in keys}
 
 
+def print_memory(num_prompts: int, width: int, num_images: int, num_classes: int, itemsize: int) -> None:
+    """On stderr, before the pass: what will be kept of its features."""
+    from hgprompt.memory import footprint, in_words
+
+    sizes = footprint(num_prompts, width, num_images, num_classes=num_classes, itemsize=itemsize)
+    kept, other = sorted(sizes, key=lambda kind: sizes[kind].kept)
+    typer.echo(
+        f"{num_prompts} prompts × {num_images} images: {in_words(sizes[kept].kept)} of {kept} to keep "
+        f"({other} would take {in_words(sizes[other].kept)})",
+        err=True,
+    )
+
+
 def print_ensemble(result: EnsembleResult, title: str) -> None:
     """The weights and their reasons."""
     from rich.markup import escape
