@@ -196,7 +196,7 @@ class FrozenViT(nn.Module):
         if isinstance(model_or_name, str):
             # timm's tag says which pretrained weights; with other weights it would be wrong.
             name = model_or_name if checkpoint is not None or not pretrained else None
-            model = _create(model_or_name, pretrained and checkpoint is None, checkpoint, timm_options)
+            model = create_model(model_or_name, pretrained and checkpoint is None, checkpoint, timm_options)
         elif timm_options or checkpoint is not None:
             raise BackboneError("checkpoint and timm options go with a model name, not with a model already made")
         else:
@@ -469,13 +469,14 @@ def _frozen_copy(module: nn.Module) -> Any:
     return frozen
 
 
-def _create(name: str, pretrained: bool, checkpoint: str | None, options: dict[str, Any]) -> nn.Module:
+def create_model(name: str, pretrained: bool, checkpoint: str | None, options: dict[str, Any]) -> nn.Module:
+    """A timm model with timm's weights, with those of a safetensors file, or with random ones; or BackboneError."""
     import timm
 
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
         raise BackboneError(f"timm knows no model {name!r}" + (f"; similar names: {near}" if near else ""))
-    options.setdefault("num_classes", 0)
+    options = {"num_classes": 0} | options
     try:
         with torch.random.fork_rng(devices=[]):  # timm initialises weights from the global generator
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hgprompt.backbone import FrozenViT
+from hgprompt.backbone import FrozenViT, create_model
 from hgprompt.errors import BackboneError
 from hgprompt.files import read_safetensors
 
@@ -20,6 +20,7 @@ MINI = "mini"
 _MINI_ARCHITECTURE = {"patch_size": 8, "embed_dim": 192, "depth": 8, "num_heads": 3, "num_classes": 0}
 _MINI_SIZE = 64
 _MINI_FILE = "mini.safetensors"
+_OWN_WEIGHTS = "the mini backbone comes with its weights: it takes img_size, and nothing else"
 
 
 def load_backbone(
@@ -44,9 +45,19 @@ def load_backbone(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name != MINI:
         return FrozenViT.from_timm(name, dtype=dtype, device=device, checkpoint=checkpoint, **timm_options)
+    return FrozenViT(load_model(name, checkpoint=checkpoint, **timm_options), name=MINI, dtype=dtype).to(device)
+
+
+def load_model(name: str, *, checkpoint: str | None = None, **timm_options: Any) -> nn.Module:
+    """The network that `load_backbone` packs, as a timm VisionTransformer in float32 on the CPU: to train parts of it.
+
+    Args and errors: as for `load_backbone`.
+    """
+    if name != MINI:
+        return create_model(name, checkpoint is None, checkpoint, timm_options).float().eval()
     if checkpoint is not None or set(timm_options) - {"img_size"}:
-        raise BackboneError("the mini backbone comes with its weights: it takes img_size, and nothing else")
-    return FrozenViT(mini_model(timm_options.get("img_size", _MINI_SIZE)), name=MINI, dtype=dtype).to(device)
+        raise BackboneError(_OWN_WEIGHTS)
+    return mini_model(timm_options.get("img_size", _MINI_SIZE))
 
 
 def mini_model(img_size: int | tuple[int, int] = _MINI_SIZE, *, pretrained: bool = True) -> nn.Module:

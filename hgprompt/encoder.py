@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hgprompt import network, operations
 from hgprompt.backbone import FrozenViT
-from hgprompt.errors import BackboneError, OptionError, PromptError
-from hgprompt.operations import Impl
+from hgprompt.errors import BackboneError, DataError, OptionError, PromptError
+from hgprompt.operations import Impl, Operations
 
 # Tokens in one micro-batch. On a CPU, the GEMMs are at their full rate long before, and activations of this size
 # (a few MB a layer) still profit from the caches. On a GPU at most so many, and fewer where memory is short.
@@ -41,7 +41,7 @@ def encode(
         prompts: [M, p, d] (inserted once, after the position embeddings) or deep [M, L, p, d] (block i sees
             prompts[:, i] in place of what the block before made of its prompt tokens). p may be 0. Any float dtype
             and device: they are cast to the backbone's.
-        images: [B, 3, H, W], floating point and normalised, or uint8.
+        images: [B, 3, H, W], floating point and normalised, or uint8; or [M, B, 3, H, W], to each prompt its own.
         micro_batch: image–prompt pairs that are in the network at one time; None: sized for the device. Memory
             grows with it and not with M or B. Where gradients are needed and M·B is larger, each micro-batch is
             computed again in the backward pass.
@@ -55,35 +55,27 @@ def encode(
         PromptError, DataError: shapes or dtypes do not fit the backbone.
     """
     check_prompts(backbone, prompts)
-    backbone.check_images(images)
+    num_images = _check_images(backbone, images, len(prompts))
     ops = operations.select(backbone, impl)
     needs_grad = torch.is_grad_enabled() and prompts.requires_grad
     micro_batch = resolve_micro_batch(backbone, prompts, micro_batch, backward=needs_grad)
     with _no_autocast(backbone):
         prompts = prompts.to(device=backbone.device, dtype=backbone.dtype)
-        recompute = needs_grad and len(prompts) * len(images) > micro_batch
+        recompute = needs_grad and len(prompts) * num_images > micro_batch
         rows = []
-        for image_slice, prompt_slices in _micro_batches(len(prompts), len(images), micro_batch):
-            with torch.no_grad():
-                tokens = network.embed(backbone, backbone.prepare(images[image_slice]), ops)
-            if recompute:
-                parts = [
-                    checkpoint(
-                        network.features,
-                        backbone,
-                        tokens,
-                        prompts[s],
-                        ops,
-                        use_reentrant=False,
-                        preserve_rng_state=False,
+        for image_slice, prompt_slices in _micro_batches(len(prompts), num_images, micro_batch):
+            parts = []
+            for s, tokens in _embedded(backbone, images, image_slice, prompt_slices, ops):
+                arguments = (backbone, tokens, prompts[s], ops)
+                if recompute:
+                    parts.append(
+                        checkpoint(network.features, *arguments, use_reentrant=False, preserve_rng_state=False)
                     )
-                    for s in prompt_slices
-                ]
-            else:
-                parts = [network.features(backbone, tokens, prompts[s], ops) for s in prompt_slices]
+                else:
+                    parts.append(network.features(*arguments))
             rows.append(torch.cat(parts))
         if not rows:
-            return prompts.new_zeros(len(prompts), len(images), backbone.width)
+            return prompts.new_zeros(len(prompts), num_images, backbone.width)
         return torch.cat(rows, dim=1)
 
 
@@ -108,7 +100,7 @@ def pull_back(
         features [M, B, h] in the backbone's dtype, losses [M] and gradients (shape of prompts) in at least float32.
     """
     check_prompts(backbone, prompts)
-    backbone.check_images(images)
+    num_images = _check_images(backbone, images, len(prompts))
     ops = operations.select(backbone, impl)
     micro_batch = resolve_micro_batch(backbone, prompts, micro_batch, backward=True)
     precise = torch.promote_types(backbone.dtype, torch.float32)
@@ -116,12 +108,10 @@ def pull_back(
     with torch.inference_mode(False), _no_autocast(backbone):
         gradients = torch.zeros(prompts.shape, device=backbone.device, dtype=precise)
         losses = torch.zeros(len(prompts), device=backbone.device, dtype=precise)
-        features = torch.empty(len(prompts), len(images), backbone.width, device=backbone.device, dtype=backbone.dtype)
+        features = torch.empty(len(prompts), num_images, backbone.width, device=backbone.device, dtype=backbone.dtype)
         prompts = prompts.detach().clone().to(device=backbone.device, dtype=backbone.dtype)
-        for image_slice, prompt_slices in _micro_batches(len(prompts), len(images), micro_batch):
-            with torch.no_grad():
-                tokens = network.embed(backbone, backbone.prepare(images[image_slice].clone()), ops)
-            for s in prompt_slices:
+        for image_slice, prompt_slices in _micro_batches(len(prompts), num_images, micro_batch):
+            for s, tokens in _embedded(backbone, images, image_slice, prompt_slices, ops):
                 with torch.enable_grad():
                     leaf = prompts[s].clone().requires_grad_()
                     out = network.features(backbone, tokens, leaf, ops)
@@ -163,7 +153,8 @@ class MultiPromptEncoder(nn.Module):
             self.prompts = nn.Parameter(prompts.detach().clone())
 
     def forward(self, images: Tensor, prompts: Tensor | None = None) -> Tensor:
-        """images [B, 3, H, W] → features [M, B, h], under `prompts` or, without them, under the module's own."""
+        """images [B, 3, H, W] or [M, B, 3, H, W] → features [M, B, h], under `prompts` or, without them, under the
+        module's own."""
         chosen = self.prompts if prompts is None else prompts
         if chosen is None:
             raise PromptError("MultiPromptEncoder was made without prompts: pass them to forward(images, prompts)")
@@ -233,6 +224,37 @@ def _micro_batches(num_prompts: int, num_images: int, size: int) -> Iterator[tup
     prompt_slices = [slice(i, min(i + prompts_at_once, num_prompts)) for i in range(0, num_prompts, prompts_at_once)]
     for start in range(0, num_images, images_at_once):
         yield slice(start, min(start + images_at_once, num_images)), prompt_slices
+
+
+def _embedded(
+    backbone: FrozenViT, images: Tensor, image_slice: slice, prompt_slices: list[slice], ops: Operations
+) -> Iterator[tuple[slice, network.ImageTokens]]:
+    """The prompts' slices, each with the tokens of its images: the same for all, or embedded when their turn comes."""
+
+    def embed(chosen: Tensor) -> network.ImageTokens:
+        with torch.no_grad():
+            # A copy: images made inside inference mode take no part in a graph.
+            chosen = chosen.clone() if chosen.is_inference() else chosen
+            return network.embed(backbone, backbone.prepare(chosen), ops)
+
+    if images.ndim == 4:
+        tokens = embed(images[image_slice])
+        for s in prompt_slices:
+            yield s, tokens
+    else:
+        for s in prompt_slices:
+            yield s, embed(images[s, image_slice])
+
+
+def _check_images(backbone: FrozenViT, images: Tensor, num_prompts: int) -> int:
+    """B of images [B, 3, H, W] or [M, B, 3, H, W]; DataError where they are neither."""
+    if isinstance(images, Tensor) and images.ndim == 5:
+        if len(images) != num_prompts:
+            raise DataError(f"images {list(images.shape)} are of {len(images)} prompts, there are {num_prompts}")
+        backbone.check_images(images[0])
+        return images.shape[1]
+    backbone.check_images(images)
+    return len(images)
 
 
 def _no_autocast(backbone: FrozenViT) -> contextlib.AbstractContextManager[None]:

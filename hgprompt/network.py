@@ -35,18 +35,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """What all prompts share of a few images: tokens at the first block, and their queries, keys, values there."""
+    """What no prompt touches of a few images: tokens at the first block, and their queries, keys, values there.
 
-    x: Tensor  # [B, S, d]
-    q: Tensor  # [B, S, H, D]
-    k: Tensor  # [B, S, H, D]
-    v: Tensor  # [B, S, H, D]
+    All prompts share the images [B, ...], or each prompt has its own [M, B, ...].
+    """
+
+    x: Tensor  # [B, S, d]          or [M, B, S, d]
+    q: Tensor  # [B, S, H, D]       or [M, B, S, H, D]
+    k: Tensor  # [B, S, H, D]       or [M, B, S, H, D]
+    v: Tensor  # [B, S, H, D]       or [M, B, S, H, D]
+
+    def of_each_prompt(self, m: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x [M, B, S, d] and q, k, v [M, B, S, H, D]; what is shared is expanded, not copied."""
+        shared = self.x.ndim == 3
+        x, q, k, v = (t.expand(m, *t.shape) if shared else t for t in (self.x, self.q, self.k, self.v))
+        return x, q, k, v
 
 
 def embed(vit: FrozenViT, images: Tensor, ops: Operations) -> ImageTokens:
-    """Prepared images [B, C, H, W] → the part of the first block that no prompt touches."""
+    """Prepared images [B, C, H, W] or [M, B, C, H, W] → the part of the first block that no prompt touches."""
     block = vit.blocks[0]
-    x = _residual(vit.norm_pre(vit.embed(images)))
+    x = _residual(vit.norm_pre(vit.embed(images.flatten(0, -4)).unflatten(0, images.shape[:-3])))
     return ImageTokens(x, *_separate(block, _qkv(block, _normalized(x, block.norm1, block, ops))))
 
 
@@ -55,7 +64,7 @@ def features(vit: FrozenViT, tokens: ImageTokens, prompts: Tensor, ops: Operatio
 
     Args:
         vit: the packed backbone.
-        tokens: of B images, from `embed`.
+        tokens: of B images, or of B images for each prompt, from `embed`.
         prompts: [M, p, d] shallow or [M, L, p, d] deep, in the backbone's dtype and device.
         ops: what computes them.
 
@@ -81,12 +90,11 @@ def _first_block(
 ) -> tuple[Tensor, Tensor]:
     """x and y [M, B, T, d], T = S + p, or S for deep prompts, whose own outputs are not needed."""
     block = vit.blocks[0]
-    m, b = len(prompts), len(tokens.x)
+    m, b = len(prompts), tokens.x.shape[-3]
     prompts = _residual(vit.norm_pre(prompts))
     of_prompts = _separate(block, _qkv(block, _normalized(prompts, block.norm1, block, ops)))
     q2, k2, v2 = (t[:, None].expand(m, b, *t.shape[1:]) for t in of_prompts)
-    q1, k1, v1 = (t.expand(m, *t.shape) for t in (tokens.q, tokens.k, tokens.v))
-    x = tokens.x.expand(m, *tokens.x.shape)
+    x, q1, k1, v1 = tokens.of_each_prompt(m)
     if not deep:
         x = torch.cat([x, prompts[:, None].expand(m, b, *prompts.shape[1:])], dim=2)
     mixed = ops.segment_attention(q1, k1, v1, block.scale, None if deep else q2, k2, v2)

@@ -100,6 +100,50 @@ def test_pull_back_equals_autograd_through_encode(micro_batch):
     torch.testing.assert_close(gradients, gradient, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("micro_batch", [1, 3, 5, None])
+@pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
+@pytest.mark.parametrize("options", [{}, {"pre_norm": True, "reg_tokens": 1, "qk_norm": True}], ids=str)
+def test_images_of_each_prompt_equal_a_loop_over_prompts(options, deep, micro_batch):
+    vit = FrozenViT.from_timm(literal.tiny_vit(**options).double())
+    prompts, _ = _inputs(m=3, depth=vit.depth if deep else None)
+    for b in (1, 4):
+        g = torch.Generator().manual_seed(b)
+        images = torch.randn(3, b, 3, 16, 16, dtype=torch.float64, generator=g)
+        weights = torch.randn(3, b, 16, dtype=torch.float64, generator=g)
+        leaf = prompts.clone().requires_grad_()
+        expected = torch.cat([encode(vit, leaf[i : i + 1], images[i]) for i in range(3)])
+        (slope,) = torch.autograd.grad((expected * weights).sum(), leaf)
+        actual = encode(vit, leaf, images, micro_batch=micro_batch)
+        # The same sums in another blocking, in float64.
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        (found,) = torch.autograd.grad((actual * weights).sum(), leaf)
+        torch.testing.assert_close(found, slope, rtol=1e-12, atol=1e-12)
+        features, losses, gradients = pull_back(
+            vit, prompts, images, lambda f, m, b, w=weights: (f * w[m, b]).sum((1, 2)), micro_batch=micro_batch
+        )
+        torch.testing.assert_close(features, expected.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(losses, (expected * weights).sum((1, 2)).detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradients, slope, rtol=1e-12, atol=1e-12)
+
+
+def test_images_of_each_prompt_are_as_many_as_prompts():
+    vit = FrozenViT.from_timm(literal.tiny_vit().double())
+    prompts, images = _inputs(m=3)
+    with pytest.raises(DataError, match="are of 2 prompts, there are 3"):
+        encode(vit, prompts, images.expand(2, *images.shape))
+    with pytest.raises(DataError, match="images must be"):
+        pull_back(vit, prompts, images.expand(3, *images.shape)[..., :8], lambda f, m, b: f.sum((1, 2)))
+    assert encode(vit, prompts, images[:0].expand(3, 0, 3, 16, 16)).shape == (3, 0, 16)
+
+
+def test_uint8_images_of_each_prompt():
+    vit = FrozenViT.from_timm(literal.tiny_vit())
+    prompts, _ = _inputs(m=2, dtype=torch.float32)
+    images = torch.randint(0, 256, (2, 3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = torch.cat([encode(vit, prompts[i : i + 1], images[i]) for i in range(2)])
+    torch.testing.assert_close(encode(vit, prompts, images), expected, rtol=1e-5, atol=1e-5)  # float32, other blocking
+
+
 def test_order_of_prompt_tokens_does_not_matter():
     vit = FrozenViT.from_timm(literal.tiny_vit().double())
     prompts, images = _inputs()

@@ -37,8 +37,9 @@ def _inputs(vit, deep, m=2, b=3, p=3):
 
 def _both(vit, prompts, images, impl):
     """Features and gradients of a loss that weighs them."""
-    slope = torch.linspace(-2, 2, prompts.shape[0] * len(images) * vit.width, dtype=torch.float64).sin()
-    slope = slope.view(len(prompts), len(images), vit.width).to(vit.device)
+    b = images.shape[-4]
+    slope = torch.linspace(-2, 2, prompts.shape[0] * b * vit.width, dtype=torch.float64).sin()
+    slope = slope.view(len(prompts), b, vit.width).to(vit.device)
     features, _, gradients = pull_back(
         vit, prompts.to(vit.dtype), images.to(vit.dtype), lambda f, m, b: (f * slope[m, b]).sum((1, 2)), impl=impl
     )
@@ -57,6 +58,19 @@ def test_triton_equals_reference(options, deep, dtype):
     # A whole network: both round at the same places, in another order. 2 times the peer's error, 3 for gradients.
     assert_by_rule(actual[0], peer[0], exact[0], 2, "features")
     assert_by_rule(actual[1], peer[1], exact[1], 3, "gradients")
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
+def test_triton_equals_reference_with_images_of_each_prompt(deep):
+    model = literal.tiny_vit(depth=2).double()
+    exact_vit, vit = (FrozenViT.from_timm(model, dtype=d, device=DEVICE) for d in (torch.float64, torch.float32))
+    prompts, images = _inputs(vit, deep, b=4)
+    for own in (images.view(2, 2, *images.shape[1:]), images[:2, None]):
+        exact = _both(exact_vit, prompts, own, "reference")
+        peer, actual = (_both(vit, prompts, own, impl) for impl in ("reference", "triton"))
+        # As above.
+        assert_by_rule(actual[0], peer[0], exact[0], 2, "features")
+        assert_by_rule(actual[1], peer[1], exact[1], 3, "gradients")
 
 
 @pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])

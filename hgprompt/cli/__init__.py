@@ -1,4 +1,4 @@
-"""The command line: hgprompt demo, train-source, ensemble, tune, inspect."""
+"""The command line: hgprompt demo, train-source, ensemble, tune, inspect, reproduce."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from hgprompt.cli.demo import demo
 from hgprompt.cli.ensemble import ensemble
 from hgprompt.cli.inspect import inspect
+from hgprompt.cli.reproduce import reproduce
 from hgprompt.cli.tune import train_source, tune
 
 app = typer.Typer(
@@ -48,6 +49,7 @@ app.command("train-source")(train_source)
 app.command()(ensemble)
 app.command()(tune)
 app.command()(inspect)
+app.command()(reproduce)
 
 
 def _show_warning(message: Any, *_: Any) -> None:

@@ -2,8 +2,21 @@
 
 from hgprompt.tuning.compare import Comparison, compare_starts
 from hgprompt.tuning.config import TuneConfig
+from hgprompt.tuning.prompts import PromptLearner, evaluate, tune
 from hgprompt.tuning.result import TuneResult
 from hgprompt.tuning.start import random_prompt
-from hgprompt.tuning.trainer import evaluate, tune
+from hgprompt.tuning.trainer import Trained, accuracy, train
 
-__all__ = ["Comparison", "TuneConfig", "TuneResult", "compare_starts", "evaluate", "random_prompt", "tune"]
+__all__ = [
+    "Comparison",
+    "PromptLearner",
+    "Trained",
+    "TuneConfig",
+    "TuneResult",
+    "accuracy",
+    "compare_starts",
+    "evaluate",
+    "random_prompt",
+    "train",
+    "tune",
+]

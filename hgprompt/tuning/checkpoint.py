@@ -1,13 +1,12 @@
-"""Checkpoints of a tuning run: one safetensors file, replaced as a whole after every epoch."""
+"""Checkpoints of a training: one safetensors file, replaced as a whole after every epoch."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,35 +15,14 @@ from hgprompt.data.images import LabelledImages
 from hgprompt.errors import FileFormatError, OptionError
 from hgprompt.files import read_safetensors, write_safetensors
 
-if TYPE_CHECKING:
-    from hgprompt.backbone import FrozenViT
-    from hgprompt.tuning.config import TuneConfig
-
-_FORMAT, _VERSION = "hgprompt-tuning", 1
-
-
-def identity(
-    backbone: FrozenViT, names: Sequence[str], starts: Tensor, train: Any, test: Any, config: TuneConfig, every: int
-) -> dict[str, Any]:
-    """What makes two runs one and the same: only then may one continue the other's checkpoint."""
-    return {
-        "backbone": backbone.fingerprint,
-        "image_size": list(backbone.image_size),
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-        "runs": list(names),
-        "starts": _digest([starts]),
-        "train": digest_of_images(train),
-        "test": "" if test is None else digest_of_images(test),
-        "evaluate_every": every,
-        "config": dataclasses.asdict(config),
-    }
+_FORMAT, _VERSION = "hgprompt-tuning", 2
 
 
 class Checkpoint:
-    """The file of one run.
+    """The file of one training.
 
     Args:
-        path: where. run: what `identity` says of the run.
+        path: where. run: what makes two trainings one and the same, JSON-able: only then may one continue the other's.
     """
 
     def __init__(self, path: str | Path, run: Mapping[str, Any]) -> None:
@@ -56,14 +34,17 @@ class Checkpoint:
         metadata = {"format": _FORMAT, "version": _VERSION, "run": self.run, "history": list(history)}
         write_safetensors(self.path, tensors, metadata)
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-        """Fill the tensors from the file, and return its history; a file that is not there leaves all as it is.
+    def read(self, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """Tensors and history; none where there is no file yet.
+
+        Args:
+            like: tensors of the names, shapes and dtypes that the file must have.
 
         Raises:
             FileFormatError: a damaged file. OptionError: a checkpoint of another run.
         """
         if not self.path.exists():
-            return []
+            return {}, []
         stored, metadata = read_safetensors(self.path)
         if metadata.get("format") != _FORMAT or metadata.get("version") != _VERSION:
             raise FileFormatError(f"{self.path} is no checkpoint of this version's tuning; choose another file")
@@ -75,7 +56,7 @@ class Checkpoint:
                 f"{self.path} is the checkpoint of another run (it differs in {', '.join(changed)}): choose another "
                 "place, or delete it to begin again"
             )
-        shapes = {name: (value.shape, value.dtype) for name, value in tensors.items()}
+        shapes = {name: (value.shape, value.dtype) for name, value in like.items()}
         if {name: (value.shape, value.dtype) for name, value in stored.items()} != shapes:
             raise FileFormatError(f"{self.path}: its tensors are not those of this run; delete it to begin again")
         history = metadata.get("history")
@@ -83,22 +64,20 @@ class Checkpoint:
             raise FileFormatError(f"{self.path}: its history is not understood; delete it to begin again")
         if not all(bool(value.isfinite().all()) for value in stored.values()):
             raise FileFormatError(f"{self.path} holds NaN or infinity; delete it to begin again")
-        with torch.no_grad():
-            for name, value in tensors.items():
-                value.copy_(stored[name])
-        return history
+        return stored, history
 
 
 def digest_of_images(images: Any) -> str:
     """Of the images themselves where they are in memory; of their files' names and sizes where they are not."""
     if isinstance(images, LabelledImages):
-        return _digest([images.images, images.labels])
+        return digest_of_tensors([images.images, images.labels])
     listing: list[Any] = [[str(path), path.stat().st_size, label] for path, label in images.samples]
     listing += [list(images.image_size), images.interpolation]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
-def _digest(tensors: Sequence[Tensor]) -> str:
+def digest_of_tensors(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of dtypes, shapes and values."""
     digest = hashlib.sha256()
     for tensor in tensors:
         plain = tensor.detach().cpu().contiguous()

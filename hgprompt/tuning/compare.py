@@ -19,8 +19,8 @@ from hgprompt.pool import PromptPool
 from hgprompt.progress import Reporter
 from hgprompt.result import EnsembleResult
 from hgprompt.tuning.config import TuneConfig
+from hgprompt.tuning.prompts import tune
 from hgprompt.tuning.start import random_prompt
-from hgprompt.tuning.trainer import tune
 
 RANDOM, SINGLE, UNIFORM, HGPROMPT = "random", "best single", "uniform", "HGPrompt"
 

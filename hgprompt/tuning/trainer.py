@@ -1,153 +1,176 @@
-"""tune: K prompts and K linear heads trained side by side on one labelled task.
+"""train: R runs of a learner side by side on one labelled task.
 
-The K runs see the same images in the same order, start from the same head, and share each pass through the network as
-K prompts of one batch: a comparison of starts is paired, and costs less than K runs. They never influence one another:
-the loss is a sum of K losses, and the optimisers work element by element.
+The runs share each pass through the network where their method allows it, and cost less than R runs for it. They never
+influence one another: the loss is a sum of R losses, and the optimisers work element by element. Runs with one seed see
+the same images in the same order; runs with several seeds see several orders.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from hgprompt.backbone import FrozenViT
 from hgprompt.data.folders import ImageDataset
 from hgprompt.data.images import LabelledImages
-from hgprompt.encoder import Impl, check_prompts, encode, pull_back
-from hgprompt.errors import DataError, OptionError, PromptError, of_a_worker
+from hgprompt.errors import DataError, OptionError, of_a_worker
 from hgprompt.progress import Progress, Reporter
-from hgprompt.tuning.checkpoint import Checkpoint, identity
+from hgprompt.tuning.checkpoint import Checkpoint, digest_of_images, digest_of_tensors
 from hgprompt.tuning.config import TuneConfig
-from hgprompt.tuning.result import TuneResult
+from hgprompt.tuning.learner import HEAD, Learner
 
 Images = LabelledImages | ImageDataset
 
+SHARED = ("epochs", "batch_size", "optimizer", "warmup")
+"""What the configs of runs that are trained together have in common."""
 
-def tune(
-    backbone: FrozenViT,
-    starts: Mapping[str, Tensor],
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What `train` returns, for R runs; what was learned is in the learner's parameters.
+
+    Attributes:
+        history: one record per epoch: epoch (from 1), and lists over the R runs of lr (at its end), loss and
+            train_accuracy (means over the epoch's steps, before each step) and, where it was measured, test_accuracy.
+            A run that diverged has a loss of NaN and an accuracy of 0 from that epoch on.
+        diverged: for each run, whether its loss or its parameters stopped being finite.
+        seconds: of training, without evaluation (this call's alone after a resume).
+    """
+
+    history: tuple[dict[str, Any], ...]
+    diverged: tuple[bool, ...]
+    seconds: float
+
+    @property
+    def accuracies(self) -> list[float]:
+        """[R] on the test images after the last epoch; NaN where there were none."""
+        last: list[float] = self.history[-1].get("test_accuracy", [math.nan] * len(self.diverged))
+        return last
+
+
+def train(
+    learner: Learner,
+    configs: Sequence[TuneConfig],
     train: Images,
-    *,
     test: Images | None = None,
+    *,
     num_classes: int | None = None,
-    config: TuneConfig | None = None,
     evaluate_every: int = 0,
+    strict: bool = False,
+    names: Sequence[str] | None = None,
     checkpoint: str | Path | None = None,
+    identity: Mapping[str, Any] | None = None,
     progress: bool | Reporter = False,
     stage: str = "tuning",
     workers: int = 0,
-    micro_batch: int | None = None,
-    impl: Impl = "auto",
-) -> TuneResult:
-    """Tune prompts and linear heads on a labelled task (VPT, shallow or deep).
+) -> Trained:
+    """Train the runs of a learner; their parameters and buffers are changed in place.
 
     Args:
-        backbone: the frozen network; its dtype is the compute dtype. Prompts, heads and optimiser are float32.
-        starts: {name: [p, d]} (deep: [L, p, d]), one run each. They are not changed.
+        learner: R runs. configs: R, alike in epochs, batch_size, optimizer and warmup.
         train, test: images and labels. test is only ever evaluated.
-        num_classes: C; None: train's (and test's, where it has more).
-        config: how to tune; None: TuneConfig().
+        num_classes: C, for a check of the labels; None: those of train and test.
         evaluate_every: accuracy on `test` after every so many epochs; always after the last. 0: after the last alone.
-        checkpoint: a file that is written after every epoch, whole or not at all. Where it is there already, the run
+        strict: raise where a run stops being finite. Without it that run stays where it is, marked as diverged, and
+            the others go on.
+        names: of the runs, for messages.
+        checkpoint: a file that is written after every epoch, whole or not at all. Where it is there already, training
             continues from it and ends with the same bits as an undisturbed one.
+        identity: what else makes two trainings one and the same (backbone, method), JSON-able: only then may one
+            continue the other's checkpoint. Images, configs and starting parameters count anyway.
         progress, stage: a bar (loss, accuracy, time left), or a callable (stage, done, total); stage names it.
         workers: processes that decode images, where these are not in memory.
-        micro_batch, impl: as for `encode`.
 
     Raises:
-        PromptError, DataError, OptionError: starts, images or options that cannot be used. DataError also where the
-        loss stops being finite. FileFormatError, OptionError: a checkpoint that is damaged, or of another run.
+        DataError, OptionError: images or configs that cannot be used. DataError with `strict`, see there.
+        FileFormatError, OptionError: a checkpoint that is damaged, or of another training.
     """
-    config = config or TuneConfig()
-    names, prompts = _stacked(backbone, starts)
+    runs = _Runs(learner, configs)
+    names = tuple(names) if names is not None else tuple(f"run {r + 1}" for r in range(len(configs)))
     num_classes = num_classes or max(train.num_classes, 0 if test is None else test.num_classes)
-    _check_labels(train, num_classes)
-    if test is not None:
-        _check_labels(test, num_classes)
-    state = _State(backbone, prompts, num_classes, config)
-    store = None
+    for images in (train, test):
+        if images is not None:
+            check_labels(images, num_classes)
+    config, store = configs[0], None
     history: list[dict[str, Any]] = []
     if checkpoint is not None:
-        store = Checkpoint(checkpoint, identity(backbone, names, prompts, train, test, config, evaluate_every))
-        history = store.restore(state.tensors())
+        described = dict(identity or {}) | {
+            "learner": type(learner).__name__,
+            "runs": list(names),
+            "starts": digest_of_tensors(runs.tensors().values()),
+            "train": digest_of_images(train),
+            "test": "" if test is None else digest_of_images(test),
+            "evaluate_every": evaluate_every,
+            "configs": [dataclasses.asdict(config) for config in configs],
+        }
+        store = Checkpoint(checkpoint, described)
+        history = _load(store, runs)
     steps_per_epoch = -(-len(train) // config.batch_size)
     total = config.epochs * steps_per_epoch
     seconds = 0.0
-    with torch.inference_mode(False), Progress.of(progress) as report:
+
+    def refuse(epoch: int) -> None:
+        if strict and runs.diverged.any():
+            bad = [name for name, gone in zip(names, runs.diverged.tolist(), strict=True) if gone]
+            raise DataError(f"the loss of {bad} is not finite in epoch {epoch + 1}: a smaller lr may help")
+
+    with torch.inference_mode(False), torch.enable_grad(), Progress.of(progress) as report:
+        batches = None if len(history) == config.epochs else _Batches(learner, configs, train, workers)
         for epoch in range(len(history), config.epochs):
-            sums = torch.zeros(2, len(names), dtype=torch.float64)
+            assert batches is not None
+            sums = torch.zeros(2, len(configs), dtype=torch.float64)
             began = time.perf_counter()
-            for i, (images, labels) in enumerate(_epoch(train, config, epoch, workers)):
+            for i, (inputs, labels) in enumerate(batches.of_epoch(epoch)):
                 step = epoch * steps_per_epoch + i
-                losses, correct = state.step(images, labels, step, total, micro_batch=micro_batch, impl=impl)
+                losses, correct = runs.step(inputs, labels, step, total)
+                refuse(epoch)
                 sums += torch.stack([losses, correct])
-                if not bool(losses.isfinite().all()):
-                    bad = [n for n, v in zip(names, losses.tolist(), strict=True) if v - v != 0]
-                    raise DataError(f"the loss of {bad} is not finite in epoch {epoch + 1}: a smaller lr may help")
-                mean = losses.mean() / len(images), correct.mean() / len(images)
+                mean = (losses.nanmean() / labels.shape[-1], correct.mean() / labels.shape[-1])
                 report(stage, step + 1, total, f"loss {mean[0]:.3f}, accuracy {mean[1]:.2f}")
             seconds += time.perf_counter() - began
-            record = {
+            runs.check()
+            refuse(epoch)
+            rate = config.rate((epoch + 1) * steps_per_epoch - 1, total)
+            record: dict[str, Any] = {
                 "epoch": epoch + 1,
-                "lr": config.lr * config.batch_size / 256 * config.rate((epoch + 1) * steps_per_epoch - 1, total),
-                "loss": (sums[0] / len(train)).tolist(),
-                "train_accuracy": (sums[1] / len(train)).tolist(),
+                "lr": [c.lr * c.batch_size / 256 * rate for c in configs],
+                "loss": runs.where_finite(sums[0] / len(train), math.nan),
+                "train_accuracy": runs.where_finite(sums[1] / len(train), 0.0),
             }
             last = epoch + 1 == config.epochs
             if test is not None and (last or (evaluate_every and (epoch + 1) % evaluate_every == 0)):
-                record["test_accuracy"] = evaluate(
-                    backbone, state.prompts.detach(), state.weight.detach(), state.bias.detach(), test,
-                    batch_size=config.batch_size, workers=workers, micro_batch=micro_batch, impl=impl,
+                found = accuracy(
+                    learner, test, batch_size=config.batch_size, workers=workers,
                     report=lambda done, of: report("testing", done, of),
-                ).tolist()  # fmt: skip
+                )  # fmt: skip
+                record["test_accuracy"] = runs.where_finite(found, 0.0)
             history.append(record)
             if store is not None:
-                store.write(state.tensors(), history)
-    return TuneResult(
-        names=names,
-        prompts=state.prompts.detach().cpu().clone(),
-        head_weight=state.weight.detach().cpu().clone(),
-        head_bias=state.bias.detach().cpu().clone(),
-        history=tuple(history),
-        config=config,
-        task=train.name,
-        class_names=train.class_names,
-        backbone=backbone.info,
-        seconds=seconds,
-    )
+                store.write(runs.tensors(), [_as_json(record) for record in history])
+    return Trained(tuple(history), tuple(runs.diverged.tolist()), seconds)
 
 
-def evaluate(
-    backbone: FrozenViT,
-    prompts: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor,
+def accuracy(
+    learner: Learner,
     images: Images,
     *,
     batch_size: int = 64,
     workers: int = 0,
-    micro_batch: int | None = None,
-    impl: Impl = "auto",
     report: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Accuracy [K] in 0 … 1 of K prompts [K, p, d] with K heads [K, C, h], [K, C]; float64 on the CPU.
-
-    report(done, total) is called after every batch of images.
-    """
-    correct = torch.zeros(len(prompts), dtype=torch.float64)
-    head_weight, head_bias = head_weight.to(backbone.device), head_bias.to(backbone.device)
-    order = torch.arange(len(images))
+    """Accuracy [R] in 0 … 1 of a learner's runs; float64 on the CPU. report(done, total): after every batch."""
+    correct = torch.zeros(len(learner.parameters), dtype=torch.float64)
     done = 0
     with torch.no_grad():
-        for batch, labels in _batches(images, order, batch_size, workers):
-            features = encode(backbone, prompts, batch, micro_batch=micro_batch, impl=impl).float()
-            logits = torch.baddbmm(head_bias[:, None], features, head_weight.mT)
+        for batch, labels in _batches(images, torch.arange(len(images)), batch_size, workers):
+            logits = learner.logits(learner.prepare(batch))
             correct += (logits.argmax(2) == labels.to(logits.device)).sum(1).cpu()
             done += len(labels)
             if report is not None:
@@ -155,31 +178,32 @@ def evaluate(
     return correct / len(images)
 
 
-class _State:
-    """Prompts, heads and optimiser of K runs."""
+class _Runs:
+    """What is trained: the learner's parameters, their optimiser, and which runs are still finite."""
 
-    def __init__(self, backbone: FrozenViT, prompts: Tensor, num_classes: int, config: TuneConfig) -> None:
-        self.backbone, self.config = backbone, config
-        runs, device = len(prompts), backbone.device
-        # nn.Linear's start, the same for every run.
-        bound = backbone.width**-0.5
-        generator = torch.Generator().manual_seed(config.seed)
-        weight = (torch.rand(num_classes, backbone.width, generator=generator) * 2 - 1) * bound
-        bias = (torch.rand(num_classes, generator=generator) * 2 - 1) * bound
-        self.prompts = prompts.to(device, torch.float32).clone().requires_grad_()
-        self.weight = weight.repeat(runs, 1, 1).to(device).requires_grad_()
-        self.bias = bias.repeat(runs, 1).to(device).requires_grad_()
-        scale = config.batch_size / 256
-        head_lr = config.lr if config.head_lr is None else config.head_lr
-        groups = [
-            {"params": [self.prompts], "lr": config.lr * scale},
-            {"params": [self.weight, self.bias], "lr": head_lr * scale},
-        ]
+    def __init__(self, learner: Learner, configs: Sequence[TuneConfig]) -> None:
+        if len(configs) == 0 or len(configs) != len(learner.parameters):
+            raise OptionError(f"there are {len(learner.parameters)} runs and {len(configs)} configs: one for each")
+        for name in SHARED:
+            values = {getattr(config, name) for config in configs}
+            if len(values) > 1:
+                raise OptionError(f"runs that are trained together share {name}, got {sorted(values)}")
+        self.learner, self.config = learner, configs[0]
+        self.diverged = torch.zeros(len(configs), dtype=torch.bool)
+        groups: list[dict[str, Any]] = []
+        for config, parameters in zip(configs, learner.parameters, strict=True):
+            scale = config.batch_size / 256
+            head_lr = config.lr if config.head_lr is None else config.head_lr
+            body = [value for name, value in parameters.items() if not name.startswith(HEAD)]
+            head = [value for name, value in parameters.items() if name.startswith(HEAD)]
+            for members, lr in ((body, config.lr), (head, head_lr)):
+                if members:
+                    groups.append({"params": members, "lr": lr * scale, "weight_decay": config.weight_decay})
         self.optimizer: torch.optim.Optimizer
-        if config.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
+        if self.config.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(groups, momentum=0.9)
         else:
-            self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+            self.optimizer = torch.optim.AdamW(groups)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self._start_optimizer()
 
@@ -194,62 +218,114 @@ class _State:
                     state["step"] = torch.zeros((), dtype=torch.float32)
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that changes in a step, by name: the tensors themselves."""
-        named = {"prompts": self.prompts, "head_weight": self.weight, "head_bias": self.bias}
-        tensors = {name: value.detach() for name, value in named.items()}
-        for name, parameter in named.items():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{name}.{key}"] = value
-        return tensors
-
-    def step(
-        self, images: Tensor, labels: Tensor, step: int, steps: int, *, micro_batch: int | None, impl: Impl
-    ) -> tuple[Tensor, Tensor]:
-        """One step on one batch: losses [K], summed over the images, and correct answers [K], before the step."""
-        labels = labels.to(self.backbone.device)
-        mask = self._dropout_mask(step)
-        prompts = self.prompts.detach() if mask is None else self.prompts.detach() * mask
-
-        def loss(features: Tensor, runs: slice, chosen: slice) -> Tensor:
-            return self._losses(features, labels[chosen], self.weight.detach()[runs], self.bias.detach()[runs])[0]
-
-        features, _, gradient = pull_back(self.backbone, prompts, images, loss, micro_batch=micro_batch, impl=impl)
-        # The heads' gradients come from the same features, all at once.
-        losses, logits = self._losses(features, labels, self.weight, self.bias)
+    def step(self, inputs: Tensor, labels: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
+        """One step: losses [R], summed over the images, and correct answers [R], before the step."""
         self.optimizer.zero_grad(set_to_none=True)
-        (losses.sum() / len(images)).backward()
-        gradient = gradient / len(images)
-        self.prompts.grad = (gradient if mask is None else gradient * mask).to(torch.float32)
+        losses, correct = self.learner.backward(inputs, labels, step)
+        for run in (~losses.isfinite() & ~self.diverged).nonzero().flatten().tolist():
+            self._freeze(run)
+        for run in self.diverged.nonzero().flatten().tolist():
+            for parameter in self.learner.parameters[run].values():
+                parameter.grad = None  # which an optimiser passes over
         rate = self.config.rate(step, steps)
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * rate
         self.optimizer.step()
-        correct = (logits.detach().argmax(2) == labels).sum(1)
-        return losses.detach().double().cpu(), correct.double().cpu()
+        return losses, correct
 
-    @staticmethod
-    def _losses(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropies [K], summed over the images, and logits [K, B, C], in float32."""
-        logits = torch.baddbmm(bias[:, None], features.float(), weight.mT)
-        runs, images, _ = logits.shape
-        each = cross_entropy(logits.flatten(0, 1), labels.repeat(runs), reduction="none")
-        return each.view(runs, images).sum(1), logits
+    def check(self) -> None:
+        """Freeze runs whose tensors are not finite, although their last loss was."""
+        for run, tensors in enumerate(self._by_run()):
+            if not self.diverged[run] and not all(bool(t.isfinite().all()) for t in tensors.values()):
+                self._freeze(run)
 
-    def _dropout_mask(self, step: int) -> Tensor | None:
-        share = self.config.prompt_dropout
-        if share == 0:
-            return None
-        # A generator of the step alone: a resumed run draws what the undisturbed one drew.
-        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) % 2**63)
-        kept = torch.rand(self.prompts.shape[1:], generator=generator) >= share
-        return kept.to(self.prompts.device, torch.float32) / (1 - share)
+    def _freeze(self, run: int) -> None:
+        self.diverged[run] = True
+        with torch.no_grad():
+            for tensor in self._by_run()[run].values():
+                if tensor.is_floating_point():
+                    tensor.copy_(tensor.nan_to_num(0.0, 0.0, 0.0))  # a checkpoint holds finite numbers
+
+    def where_finite(self, values: Tensor, other: float) -> list[float]:
+        """The runs' values, and `other` for those that diverged."""
+        return [other if gone else v for v, gone in zip(values.tolist(), self.diverged.tolist(), strict=True)]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that changes in a step, by name, [R, ...]; copies."""
+        runs = self._by_run()
+        return {name: torch.stack([tensors[name].detach() for tensors in runs]) for name in runs[0]}
+
+    def restore(self, stored: Mapping[str, Tensor], diverged: Sequence[bool]) -> None:
+        """The reverse of `tensors`."""
+        self.diverged = torch.tensor(diverged)
+        with torch.no_grad():
+            for run, tensors in enumerate(self._by_run()):
+                for name, tensor in tensors.items():
+                    tensor.copy_(stored[name][run])
+
+    def _by_run(self) -> list[dict[str, Tensor]]:
+        runs = []
+        for r, parameters in enumerate(self.learner.parameters):
+            tensors = dict(parameters)
+            for name, parameter in parameters.items():
+                state = self.optimizer.state[parameter]
+                tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+            if self.learner.buffers:
+                tensors |= {f"buffer.{name}": value for name, value in self.learner.buffers[r].items()}
+            runs.append(tensors)
+        return runs
 
 
-def _epoch(train: Images, config: TuneConfig, epoch: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of one epoch; the order depends on the seed and the epoch alone."""
-    generator = torch.Generator().manual_seed((config.seed * 1_000_003 + epoch) % 2**63)
-    return _batches(train, torch.randperm(len(train), generator=generator), config.batch_size, workers)
+class _Batches:
+    """What the runs see in each step: inputs and labels, [B, ...] where they share a seed, else [R, B, ...]."""
+
+    def __init__(self, learner: Learner, configs: Sequence[TuneConfig], images: Images, workers: int) -> None:
+        self.learner, self.images, self.workers = learner, images, workers
+        self.batch_size = configs[0].batch_size
+        self.seeds = [config.seed for config in configs]
+        self.prepared: tuple[Tensor, Tensor] | None = None
+        if learner.caches:
+            with torch.no_grad():
+                parts = [
+                    (learner.prepare(batch), labels)
+                    for batch, labels in _batches(images, torch.arange(len(images)), self.batch_size, workers)
+                ]
+            inputs, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+            self.prepared = inputs, labels
+        elif isinstance(images, LabelledImages):
+            self.prepared = images.images, images.labels
+
+    def of_epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The order depends on the seed and the epoch alone."""
+        different = sorted(set(self.seeds))
+        orders = {seed: _order(len(self.images), seed, epoch) for seed in different}
+        if self.prepared is not None:
+            shared = len(different) == 1
+            order = orders[different[0]] if shared else torch.stack([orders[seed] for seed in self.seeds])
+            inputs, labels = self.prepared
+            for chosen in order.split(self.batch_size, dim=-1):
+                yield self._finished(inputs[chosen.to(inputs.device)]), labels[chosen]
+            return
+        streams = [_batches(self.images, orders[seed], self.batch_size, self.workers) for seed in different]
+        for batches in zip(*streams, strict=True):
+            if len(different) == 1:
+                yield self._finished(batches[0][0]), batches[0][1]
+            else:
+                own = [batches[different.index(seed)] for seed in self.seeds]
+                yield self._finished(torch.stack([b[0] for b in own])), torch.stack([b[1] for b in own])
+
+    def _finished(self, inputs: Tensor) -> Tensor:
+        """Inputs as the learner wants them: what is cached is so already."""
+        if self.learner.caches:
+            return inputs
+        with torch.no_grad():
+            if inputs.ndim == 4:
+                return self.learner.prepare(inputs)
+            return self.learner.prepare(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
+
+
+def _order(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))
 
 
 def _batches(images: Images, order: Tensor, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -271,18 +347,21 @@ def _batches(images: Images, order: Tensor, batch_size: int, workers: int) -> It
         raise of_a_worker(error) from None
 
 
-def _stacked(backbone: FrozenViT, starts: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor]:
-    if not isinstance(starts, Mapping) or not starts:
-        raise PromptError("starts must be {name: prompt} with at least one prompt: random_prompt makes one")
-    shapes = {name: list(prompt.shape) for name, prompt in starts.items()}
-    if len({tuple(shape) for shape in shapes.values()}) > 1:
-        raise PromptError(f"starts must have one shape, got {shapes}")
-    prompts = torch.stack([prompt.detach().float().cpu() for prompt in starts.values()])
-    check_prompts(backbone, prompts)
-    return tuple(starts), prompts
+def _load(store: Checkpoint, runs: _Runs) -> list[dict[str, Any]]:
+    """Continue from a checkpoint where there is one; its history."""
+    stored, history = store.read(runs.tensors())
+    if history:
+        runs.restore(stored, [loss is None for loss in history[-1]["loss"]])
+    return [record | {"loss": [math.nan if v is None else v for v in record["loss"]]} for record in history]
 
 
-def _check_labels(images: Images, num_classes: int) -> None:
+def _as_json(record: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: a loss that is not there is None."""
+    return dict(record) | {"loss": [None if math.isnan(v) else v for v in record["loss"]]}
+
+
+def check_labels(images: Images, num_classes: int) -> None:
+    """Raise DataError for no images or labels outside 0 … C-1, OptionError for a single class."""
     if len(images) == 0:
         raise DataError("there are no images to tune or test on")
     labels = images.labels.tolist() if isinstance(images, LabelledImages) else [label for _, label in images.samples]

@@ -1,0 +1,231 @@
+"""Cells: an experiment is a list of them, each a piece of work whose result is one small JSON file.
+
+A cell's file appears whole or not at all, and carries all that its result depends on. So a run may be killed at any
+moment: what is finished is never done again, the rest goes on from its own checkpoints, and what was made otherwise
+(other data, another backbone, other options) is refused instead of mixed in.
+
+Several processes share the work without speaking to one another: each deals the same list in the same way and takes
+its own share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hgprompt.errors import FileFormatError, OptionError
+from hgprompt.files import make_directory, write_text
+from hgprompt.progress import Progress, Reporter
+from hgprompt.result import jsonable
+
+logger = logging.getLogger(__name__)
+
+_FORMAT, _VERSION = "hgprompt-cell", 1
+_MAX_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a running cell is given.
+
+    Attributes:
+        checkpoints: a directory of its own, for what lets it go on after an interruption; gone when it is finished.
+        report: where it reports progress to.
+    """
+
+    checkpoints: Path
+    report: Reporter
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A piece of work.
+
+    Attributes:
+        key: its name, unique in a plan. identity: JSON-able, all that the result depends on.
+        run: does it, and returns a JSON-able record. cost: how long it takes beside the others, in any unit.
+    """
+
+    key: str
+    identity: Mapping[str, Any]
+    run: Callable[[Work], Mapping[str, Any]]
+    cost: float = 1.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the work is this process's: rank of world. torchrun says so in RANK and WORLD_SIZE."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def of_environment(cls) -> Share:
+        """As RANK and WORLD_SIZE say; all of it where they say nothing.
+
+        Raises:
+            OptionError: they say something else than a rank.
+        """
+        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+            raise OptionError(f"RANK {rank!r} of WORLD_SIZE {world!r} is no share of the work: unset both")
+        return cls(int(rank), int(world))
+
+    def of(self, cells: Sequence[Cell]) -> list[Cell]:
+        """This process's cells, in the order of the plan: each cell, the costliest first, goes to whoever has least."""
+        loads = [0.0] * self.world
+        owner = {}
+        for cell in sorted(cells, key=lambda cell: -cell.cost):  # sorted is stable: every process deals alike
+            least = loads.index(min(loads))
+            loads[least] += cell.cost
+            owner[cell.key] = least
+        return [cell for cell in cells if owner[cell.key] == self.rank]
+
+
+class Store:
+    """Finished cells of an output folder, under `cells/`."""
+
+    def __init__(self, out: str | Path) -> None:
+        self.out = Path(out)
+        self.directory = self.out / "cells"
+
+    def path(self, cell: Cell) -> Path:
+        """Of the cell's file, whether it is there or not."""
+        return self.directory / f"{_file_name(cell.key)}.json"
+
+    def get(self, cell: Cell) -> dict[str, Any] | None:
+        """The record of a finished cell; None where it is not finished.
+
+        Raises:
+            OptionError: the file is of a cell with another identity. FileFormatError: it is damaged.
+        """
+        path = self.path(cell)
+        try:
+            if path.stat().st_size > _MAX_BYTES:
+                raise FileFormatError(f"{path} is over {_MAX_BYTES} bytes: no cell; delete it to do its work again")
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            raise FileFormatError(f"{path} cannot be read ({error}); delete it to do its work again") from error
+        good = isinstance(stored, dict) and (stored.get("format"), stored.get("version")) == (_FORMAT, _VERSION)
+        if not good or not isinstance(stored.get("identity"), dict) or not isinstance(stored.get("record"), dict):
+            raise FileFormatError(f"{path} is no finished cell of this version; delete it to do its work again")
+        mine, theirs = _plain(cell.identity), stored["identity"]
+        if mine != theirs:
+            changed = sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k))
+            shown = "; ".join(f"{k}: there {theirs.get(k)!r:.60}, here {mine.get(k)!r:.60}" for k in changed[:4])
+            raise OptionError(
+                f"{path} was made otherwise ({shown}): give another --out, or delete it to do its work again"
+            )
+        record: dict[str, Any] = stored["record"]
+        return record
+
+    def put(self, cell: Cell, record: Mapping[str, Any]) -> None:
+        """Write a finished cell's file."""
+        whole = {"format": _FORMAT, "version": _VERSION, "key": cell.key}
+        whole |= {"identity": _plain(cell.identity), "record": jsonable(dict(record))}
+        write_text(self.path(cell), json.dumps(whole, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+    def checkpoints(self, cell: Cell) -> Path:
+        """The cell's own directory of checkpoints."""
+        return self.out / "checkpoints" / _file_name(cell.key)
+
+    def finished(self, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+        """{key: record} of those that are finished; errors as for `get`."""
+        found = {cell.key: self.get(cell) for cell in cells}
+        return {key: record for key, record in found.items() if record is not None}
+
+
+def run_cells(
+    store: Store,
+    cells: Sequence[Cell],
+    *,
+    share: Share | None = None,
+    progress: bool | Reporter = False,
+    stage: str = "cells",
+    wait: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Do this process's share of what is not finished yet.
+
+    Args:
+        store: where results are, and go. cells: the whole plan, the same in every process.
+        share: this process's; None: all.
+        progress: a bar with the time left, or a callable (stage, done, total).
+        wait: return only when the other processes have finished theirs too: for results that the next step needs.
+
+    Returns:
+        {key: record} of all that is finished, other processes' too.
+
+    Raises:
+        OptionError: two cells of one name, a finished cell of another identity, or another process with this share.
+        Anything a cell raises: finished cells stay.
+    """
+    share = share or Share()
+    names = [_file_name(cell.key) for cell in cells]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise OptionError(f"a plan names every cell once, these it names twice: {', '.join(twice[:5])}")
+    make_directory(store.directory)
+    with _alone(store.directory / f".{share.rank}-of-{share.world}.lock"), Progress.of(progress) as report:
+        done = store.finished(cells)  # also refuses what was made otherwise, before any work
+        mine = share.of(cells)
+        for cell in mine:  # a kill between a cell's file and its clean-up leaves checkpoints that nobody needs
+            if cell.key in done:
+                shutil.rmtree(store.checkpoints(cell), ignore_errors=True)
+        ahead = [cell for cell in mine if cell.key not in done]
+        report(stage, len(mine) - len(ahead), len(mine))
+        for i, cell in enumerate(ahead, start=1):
+            checkpoints = make_directory(store.checkpoints(cell))
+            began = time.perf_counter()
+            record = cell.run(Work(checkpoints, report))
+            store.put(cell, record)
+            done[cell.key] = jsonable(dict(record))
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            logger.info("%s finished in %.1f s", cell.key, time.perf_counter() - began)
+            report(stage, len(mine) - len(ahead) + i, len(mine))
+        while wait and len(done) < len(cells):
+            report("others' cells", len(done), len(cells))
+            time.sleep(1.0)
+            done |= store.finished([cell for cell in cells if cell.key not in done])
+    return done | store.finished([cell for cell in cells if cell.key not in done])
+
+
+def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file: tuples are lists there."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(identity), sort_keys=True))
+    return plain
+
+
+def _file_name(key: str) -> str:
+    """A name that every file system takes, and no two keys share."""
+    plain = re.sub(r"[^\w.-]", "_", key)[:100]
+    return plain if plain == key else f"{plain}-{zlib.crc32(key.encode()):08x}"
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """OptionError where another process has this lock. The system frees it however its process ends."""
+    import fcntl
+
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OptionError(
+                f"another process is at work in {lock.parent.parent} with the same share: wait for it, or start "
+                "several with torchrun (or RANK and WORLD_SIZE), which share the work"
+            ) from error
+        except OSError:  # a file system without locks: work may be done twice, results are still whole
+            logger.debug("%s cannot be locked", lock)
+        yield

@@ -1,0 +1,359 @@
+"""The paper's tables and figures, each a list of cells and a way to write down what they found."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hgprompt.errors import DataError, OptionError
+from hgprompt.files import write_text
+from hgprompt.paper.bench import COMPARED, method_cell, method_key, method_of
+from hgprompt.paper.cells import Cell
+from hgprompt.paper.embedding import NEIGHBOURS, embedding_cell, require_tsne
+from hgprompt.paper.lab import Lab
+from hgprompt.paper.tables import Table, accuracy_table
+from hgprompt.paper.tasks import canonical
+from hgprompt.paper.weights import WEIGHING, cosines_cell, weights_cell
+
+Records = Mapping[str, Mapping[str, Any]]
+HGPROMPT, UNIFORM = "HGPrompt", "uniform"
+LAMBDAS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of an experiment: on which target tasks, with which methods (empty: the experiment's own)."""
+
+    targets: tuple[str, ...]
+    methods: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table or figure of the paper.
+
+    Attributes:
+        name: of the command and the files. title: above the results.
+        targets: the paper's target tasks; None: its 13. sources: tasks whose prompts it needs; None: all.
+        methods: that it compares unless asked otherwise; empty: it has no choice.
+        cells: what has to be done. write: the files of what is done; records may be incomplete.
+    """
+
+    name: str
+    title: str
+    cells: Callable[[Lab, Request], list[Cell]]
+    write: Callable[[Lab, Request, Records], list[Path]]
+    targets: tuple[str, ...] | None = None
+    sources: tuple[str, ...] | None = None
+    methods: tuple[str, ...] = ()
+    check: Callable[[], None] = lambda: None
+
+
+# Tables 1 and 2
+
+_ABLATION = {
+    "– / –": UNIFORM,
+    "H-score / –": f"{HGPROMPT} λ=0",
+    "– / gradient": UNIFORM,  # Eq. 10 is least at uniform weights: this row is the first, not another run of it
+    "H-score / gradient": HGPROMPT,
+}
+
+
+def _method_cells(lab: Lab, methods: Sequence[str], targets: Sequence[str]) -> list[Cell]:
+    # Task by task: a process then has one task's images in memory for all of its methods.
+    cells = [method_cell(lab, method, task) for task in targets for method in dict.fromkeys(methods)]
+    return list({cell.key: cell for cell in cells}.values())
+
+
+def _found(lab: Lab, method: str, task: str, records: Records) -> Mapping[str, Any] | None:
+    return records.get(method_key(method_of(method, lab.plan.lam), lab.task(task).name))
+
+
+def _table(lab: Lab, title: str, rows: Mapping[str, str], request: Request, records: Records) -> Table:
+    accuracies: dict[str, dict[str, list[float]]] = {}
+    parameters: dict[str, int] = {}
+    for row, method in rows.items():
+        accuracies[row] = {}
+        for task in request.targets:
+            record = _found(lab, method, task, records)
+            if record is not None:
+                accuracies[row][lab.task(task).name] = record["accuracies"]
+                parameters[row] = record["num_parameters"]
+    return accuracy_table(title, accuracies, [lab.task(t) for t in request.targets], parameters=parameters)
+
+
+def _write_table1(lab: Lab, request: Request, records: Records) -> list[Path]:
+    table = _table(lab, "Method", {m: m for m in request.methods}, request, records)
+    return _write_accuracies(lab, "table1", "Table 1: methods on VTAB-1k tasks", table, request, [])
+
+
+def _write_table2(lab: Lab, request: Request, records: Records) -> list[Path]:
+    table = _table(lab, "H-score / gradient loss", _ABLATION, request, records)
+    remark = (
+        "The third row is the first: the alignment loss of Eq. 10 is least at uniform weights, whatever the gradients "
+        "are, so alone it leaves the uniform mixture as it is."
+    )
+    return _write_accuracies(lab, "table2", "Table 2: what each part of the objective adds", table, request, [remark])
+
+
+def _write_accuracies(
+    lab: Lab, name: str, title: str, table: Table, request: Request, remarks: Sequence[str]
+) -> list[Path]:
+    from hgprompt.paper.figures import plot_bars
+
+    below = "Test accuracy in %. Bold: best of a column, underlined: second best."
+    if len(lab.plan.seeds) > 1:
+        below += f" Mean ± standard deviation (n - 1) of {len(lab.plan.seeds)} seeds."
+    files = _write_text(lab, name, title, table.markdown(), table.csv(), [below, *remarks], request)
+    rows = {n: [None if e is None else (e.mean, e.std or 0.0) for e in entries] for n, entries in table.rows.items()}
+    if any(e is not None for entries in rows.values() for e in entries):
+        plot_bars(table.columns, rows, title, lab.out / f"{name}.png")
+        files.append(lab.out / f"{name}.png")
+    return files
+
+
+# Figures 3 and 4
+
+
+def _cells_fig3(lab: Lab, request: Request) -> list[Cell]:
+    return [cosines_cell(lab, task) for task in request.targets]
+
+
+def _write_fig3(lab: Lab, request: Request, records: Records) -> list[Path]:
+    from hgprompt.paper.figures import plot_matrix
+
+    names = lab.sources()
+    stack, rows = [], []
+    for task in request.targets:
+        record = records.get(cosines_cell(lab, task).key)
+        if record is None:
+            continue
+        matrix = np.full((len(names), len(names)), np.nan)
+        at = [names.index(n) for n in record["names"]]
+        matrix[np.ix_(at, at)] = np.array(record["cosines"], dtype=float)
+        stack.append(matrix)
+        rows += [[task, names[i], names[j], matrix[i, j]] for i in at for j in at if i < j]
+    if not stack:
+        return []
+    counts = np.isfinite(stack).sum(0)
+    mean = np.where(counts > 0, np.nansum(stack, axis=0) / np.maximum(counts, 1), np.nan)
+    used = [i for i in range(len(names)) if counts[i, i]]
+    shown = mean[np.ix_(used, used)]
+    labels = [_title(lab, names[i]) for i in used]
+    on = _title(lab, request.targets[0]) if len(stack) == 1 else f"mean over {len(stack)} target tasks"
+    plot_matrix(shown, labels, f"Do the sources' gradients agree?\n({on})", lab.out / "fig3.png")
+    apart = shown[~np.eye(len(used), dtype=bool)]
+    below = [
+        f"Cosines of the task loss' gradients under each source prompt, on the target's training images ({on}; a "
+        f"target's own prompt is left out). Between different sources: mean {np.nanmean(apart):.3f}, least "
+        f"{np.nanmin(apart):.3f}, largest {np.nanmax(apart):.3f}."
+    ]
+    table = _markdown(["source", *labels], [[n, *map(_number, row)] for n, row in zip(labels, shown, strict=True)])
+    text = _csv(["target", "source", "other source", "cosine"], rows)
+    files = _write_text(lab, "fig3", "Figure 3: cosines of the sources' gradients", table, text, below, request)
+    return [*files, lab.out / "fig3.png"]
+
+
+def _cells_fig4(lab: Lab, request: Request) -> list[Cell]:
+    return [weights_cell(lab, method, task) for task in request.targets for method in request.methods]
+
+
+def _write_fig4(lab: Lab, request: Request, records: Records) -> list[Path]:
+    from hgprompt.paper.figures import plot_weights
+
+    sources = lab.sources()
+    matrices = {}
+    rows = []
+    for method in request.methods:
+        matrix = np.full((len(request.targets), len(sources)), np.nan)
+        for t, task in enumerate(request.targets):
+            record = records.get(weights_cell(lab, method, task).key)
+            if record is not None:
+                matrix[t] = [record["weights"][s] for s in sources]
+                rows += [[method, task, s, w] for s, w in record["weights"].items()]
+        matrices[method] = matrix
+    targets, names = [_title(lab, t) for t in request.targets], [_title(lab, s) for s in sources]
+    plot_weights(matrices, targets, names, lab.out / "fig4.png")
+    lines = []
+    for method, matrix in matrices.items():
+        own = [matrix[t, sources.index(n)] for t, n in enumerate(request.targets) if n in sources]
+        active = 1 / np.square(matrix).sum(1)
+        diagonal = _number(float(np.nanmean(own))) if own and np.isfinite(own).any() else "–"
+        lines.append([method, diagonal, _number(float(np.nanmean(active)), 1)])
+    table = _markdown(["method", "mean weight of the target's own prompt", "effective number of sources"], lines)
+    below = [
+        f"Weights over all {len(sources)} source prompts, the target's own among them (the diagonal). Effective number "
+        "of sources: 1/Σα², mean over targets."
+    ]
+    text = _csv(["method", "target", "source", "weight"], rows)
+    files = _write_text(lab, "fig4", "Figure 4: weights of the sources for each target", table, text, below, request)
+    return [*files, lab.out / "fig4.png"]
+
+
+# Figure 5
+
+
+def _sources_fig5(lab: Lab, target: str) -> tuple[str, ...]:
+    return lab.sources(without=target)[:3]
+
+
+def _cells_fig5(lab: Lab, request: Request) -> list[Cell]:
+    return [embedding_cell(lab, task, _sources_fig5(lab, task), HGPROMPT) for task in request.targets]
+
+
+def _write_fig5(lab: Lab, request: Request, records: Records) -> list[Path]:
+    from hgprompt.paper.figures import plot_embeddings
+
+    files, lines, rows = [], [], []
+    for task in request.targets:
+        record = records.get(f"embedding.{lab.task(task).name}")
+        if record is None:
+            continue
+        class_names = lab.task(task).splits["test"].class_names or ()
+        labels = np.array(record["labels"])
+        panels, notes = {}, {}
+        for title, panel in record["panels"].items():
+            kind, _, source = title.partition(" ")
+            shown = f"{kind} {_title(lab, source)}" if kind == "source" else title
+            panels[shown] = np.array(panel["points"])
+            h, near = panel["h_score"], 100 * panel["neighbours"]
+            notes[shown] = f"H {h:.2f}, {NEIGHBOURS} nearest neighbours {near:.1f} %"
+            lines.append([_title(lab, task), shown, _number(h), _number(near, 1)])
+            pairs = zip(panel["points"], record["labels"], strict=True)
+            rows += [[task, shown, i, class_names[label], x, y] for i, ((x, y), label) in enumerate(pairs)]
+        path = lab.out / ("fig5.png" if len(request.targets) == 1 else f"fig5-{lab.task(task).name}.png")
+        plot_embeddings(panels, labels, class_names, notes, path)
+        files.append(path)
+    table = _markdown(["target", "prompt", "H-score", f"{NEIGHBOURS} nearest neighbours, %"], lines)
+    below = [
+        "t-SNE of the features of test images under each start, before any tuning on the target. H and the accuracy of "
+        "the nearest neighbours (leave-one-out) are of the features themselves."
+    ]
+    text = _csv(["target", "prompt", "image", "class", "x", "y"], rows)
+    written = _write_text(lab, "fig5", "Figure 5: features under single sources and mixed", table, text, below, request)
+    return [*written, *files]
+
+
+# Figure 6
+
+
+def _at(lam: float) -> str:
+    return f"{HGPROMPT} λ={lam:g}"
+
+
+def _cells_fig6(lab: Lab, request: Request) -> list[Cell]:
+    return _method_cells(lab, [_at(lam) for lam in LAMBDAS], request.targets)
+
+
+def _write_fig6(lab: Lab, request: Request, records: Records) -> list[Path]:
+    from hgprompt.paper.figures import plot_lambda
+
+    table = _table(lab, "λ", {_at(lam): _at(lam) for lam in LAMBDAS}, request, records)
+    title = "Figure 6: accuracy against λ"
+    below = ["Test accuracy in %, tuned from the mixture that each λ gives."]
+    files = _write_text(lab, "fig6", title, table.markdown(), table.csv(), below, request)
+    curves: dict[str, dict[float, Sequence[float]]] = {}
+    for task in request.targets:
+        found = {lam: _found(lab, _at(lam), task, records) for lam in LAMBDAS}
+        done = {lam: record["accuracies"] for lam, record in found.items() if record is not None}
+        if done:
+            curves[_title(lab, task)] = done
+    if curves:
+        plot_lambda(curves, lab.out / "fig6.png")
+        files.append(lab.out / "fig6.png")
+    return files
+
+
+EXPERIMENTS = {
+    e.name: e
+    for e in (
+        Experiment(
+            "table1", "Table 1: methods on VTAB-1k tasks",
+            lambda lab, r: _method_cells(lab, r.methods, r.targets), _write_table1, methods=tuple(COMPARED),
+        ),
+        Experiment(
+            "table2", "Table 2: what each part of the objective adds",
+            lambda lab, r: _method_cells(lab, list(_ABLATION.values()), r.targets), _write_table2,
+            targets=(
+                "cifar", "dtd", "oxford_flowers102", "oxford_iiit_pet", "svhn", "eurosat", "dmlab", "smallnorb_azi",
+            ),
+        ),
+        Experiment("fig3", "Figure 3: cosines of the sources' gradients", _cells_fig3, _write_fig3),
+        Experiment(
+            "fig4", "Figure 4: weights of the sources for each target", _cells_fig4, _write_fig4,
+            methods=WEIGHING,
+        ),
+        Experiment(
+            "fig5", "Figure 5: features under single sources and mixed", _cells_fig5, _write_fig5,
+            targets=("eurosat",), sources=("cifar", "dtd", "oxford_iiit_pet"), check=require_tsne,
+        ),
+        Experiment(
+            "fig6", "Figure 6: accuracy against λ", _cells_fig6, _write_fig6,
+            targets=("cifar", "svhn", "clevr_dist", "clevr_count"),
+        ),
+    )
+}  # fmt: skip
+
+
+def make_request(experiment: Experiment, lab: Lab, targets: Sequence[str], methods: Sequence[str] = ()) -> Request:
+    """Targets by their own names, and methods that the experiment can compare.
+
+    Raises:
+        OptionError: a method that is not known, or a choice where there is none. DataError: no target.
+    """
+    if methods and not experiment.methods:
+        raise OptionError(f"{experiment.name} compares what the paper compares: it takes no --methods")
+    for method in methods:
+        method_of(method, lab.plan.lam)
+    if not targets:
+        raise DataError(f"none of the tasks of {experiment.name} is in {lab.suite.root}: name yours with --tasks")
+    return Request(tuple(dict.fromkeys(map(canonical, targets))), tuple(methods) or experiment.methods)
+
+
+def _title(lab: Lab, name: str) -> str:
+    task = lab.suite.tasks.get(canonical(name))
+    return name if task is None else task.title
+
+
+def _write_text(
+    lab: Lab, name: str, title: str, table: str, text: str, below: Sequence[str], request: Request
+) -> list[Path]:
+    """name.md, which says under which conditions the numbers hold, and name.csv."""
+    plan, vit = lab.plan, lab.backbone
+    kind = "deep" if plan.deep else "shallow"
+    conditions = [
+        f"backbone {vit.name} at {vit.image_size[0]} pixels, weights {vit.fingerprint[:12]}",
+        f"{plan.tokens} {kind} prompt tokens",
+        f"{plan.epochs} epochs on targets, {plan.source_epochs} on sources",
+        f"seeds {', '.join(map(str, plan.seeds))}",
+        f"{plan.grid} grid",
+        "all test images" if plan.test_limit is None else f"at most {plan.test_limit} test images of a task",
+    ]
+    paragraphs = [f"# {title}", table.rstrip(), *below, f"Conditions: {'; '.join(conditions)}."]
+    paragraphs += lab.suite.lines()
+    write_text(lab.out / f"{name}.md", "\n\n".join(paragraphs) + "\n")
+    write_text(lab.out / f"{name}.csv", text)
+    return [lab.out / f"{name}.md", lab.out / f"{name}.csv"]
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    text = io.StringIO()
+    out = csv.writer(text, lineterminator="\n")
+    out.writerow(header)
+    out.writerows(rows)
+    return text.getvalue()
+
+
+def _number(value: float, digits: int = 2) -> str:
+    return "–" if value != value else f"{value:.{digits}f}"

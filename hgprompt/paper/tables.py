@@ -1,0 +1,122 @@
+"""Tables of accuracies over methods and tasks, as Markdown and as CSV.
+
+All numbers are percent: mean over seeds ± standard deviation with n - 1 in its denominator. The average over tasks is
+taken for every seed first, so that its deviation is that of the average. A mean is of all its tasks or is not given.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hgprompt.paper.tasks import GROUPS, TaskFolder
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A mean over seeds in percent; its standard deviation, None with one seed."""
+
+    mean: float
+    std: float | None
+
+    @classmethod
+    def of(cls, accuracies: Sequence[float]) -> Entry:
+        """Of accuracies in 0 … 1, one per seed."""
+        percent = [100 * a for a in accuracies]
+        return cls(statistics.fmean(percent), statistics.stdev(percent) if len(percent) > 1 else None)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" + ("" if self.std is None else f" ± {self.std:.1f}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of entries; None where something is not finished.
+
+    Attributes:
+        title: of the column of row names. rows: {name: entries}, one entry for each of `columns`.
+        parameters: {row name: trained numbers beside the head}; empty: no such column.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: dict[str, tuple[Entry | None, ...]]
+    parameters: Mapping[str, int]
+
+    def markdown(self) -> str:
+        """Best of each column in bold, second best underlined, equal ones (as printed) alike."""
+        marks = [self._marks(c) for c in range(len(self.columns))]
+        extra = ["Parameters"] if self.parameters else []
+        lines = ["| " + " | ".join([self.title, *extra, *self.columns]) + " |"]
+        lines.append("|" + "---|" + "---:|" * (len(extra) + len(self.columns)))
+        for name, entries in self.rows.items():
+            texts = [_marked(e, marks[c]) for c, e in enumerate(entries)]
+            count = [_thousands(self.parameters.get(name))] if extra else []
+            lines.append("| " + " | ".join([name, *count, *texts]) + " |")
+        return "\n".join(lines) + "\n"
+
+    def csv(self) -> str:
+        """A column for each mean and each deviation, with all digits."""
+        text = io.StringIO()
+        out = csv.writer(text, lineterminator="\n")
+        extra = ["parameters"] if self.parameters else []
+        out.writerow([self.title, *extra, *(f"{c} {kind}" for c in self.columns for kind in ("mean", "std"))])
+        for name, entries in self.rows.items():
+            numbers: list[float | str] = []
+            for e in entries:
+                numbers += ["", ""] if e is None else [e.mean, "" if e.std is None else e.std]
+            out.writerow([name, *([self.parameters.get(name, "")] if extra else []), *numbers])
+        return text.getvalue()
+
+    def _marks(self, column: int) -> list[str]:
+        """The best and the second best mean, as printed."""
+        entries = [entries[column] for entries in self.rows.values()]
+        means = sorted({round(e.mean, 1) for e in entries if e is not None}, reverse=True)
+        return [f"{m:.1f}" for m in means[:2]] if len(means) > 1 else []
+
+
+def accuracy_table(
+    title: str,
+    accuracies: Mapping[str, Mapping[str, Sequence[float]]],
+    tasks: Sequence[TaskFolder],
+    *,
+    parameters: Mapping[str, int] | None = None,
+    groups: bool = True,
+) -> Table:
+    """A table of methods × tasks.
+
+    Args:
+        title: of the column of row names.
+        accuracies: {row: {task: accuracies in 0 … 1, one per seed}}; what is missing is left open.
+        tasks: the columns, in order. parameters: {row: trained numbers}.
+        groups: whether each of VTAB's groups has its mean, where there are several groups.
+    """
+    present = [g for g in GROUPS if any(task.group == g for task in tasks)]
+    means = {g.capitalize(): [t for t in tasks if t.group == g] for g in present} if groups and len(present) > 1 else {}
+    means["Average"] = list(tasks)
+    rows = {}
+    for row, of_task in accuracies.items():
+        entries = [Entry.of(of_task[t.name]) if t.name in of_task else None for t in tasks]
+        rows[row] = (*entries, *(_mean(of_task, part) for part in means.values()))
+    return Table(title, (*(t.title for t in tasks), *means), rows, parameters or {})
+
+
+def _mean(of_task: Mapping[str, Sequence[float]], tasks: Sequence[TaskFolder]) -> Entry | None:
+    if any(t.name not in of_task for t in tasks):
+        return None
+    by_seed = zip(*(of_task[t.name] for t in tasks), strict=True)
+    return Entry.of([statistics.fmean(values) for values in by_seed])
+
+
+def _marked(entry: Entry | None, marks: Sequence[str]) -> str:
+    if entry is None:
+        return "–"
+    rank = marks.index(f"{entry.mean:.1f}") if f"{entry.mean:.1f}" in marks else 2
+    return (f"**{entry}**", f"<u>{entry}</u>", str(entry))[rank]
+
+
+def _thousands(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"

@@ -1,0 +1,85 @@
+"""Learner: what a method trains on one task, R runs side by side; and Method: what makes one.
+
+The trainer (`hgprompt.tuning.trainer`) knows learners only: it draws batches, sets learning rates, steps optimisers,
+writes checkpoints. A learner knows what is trained and what a batch costs: nothing of epochs or files.
+
+Letters in shapes: R runs, B images of a batch, C classes, h feature width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+HEAD = "head"
+"""Names of parameters that begin so belong to the classifier: it has a learning rate of its own, and does not count as
+parameters of the method."""
+
+
+class Learner(ABC):
+    """R runs of one method on one task. They see equally many images in a step, and never influence one another.
+
+    Attributes:
+        parameters: for each run, {name: leaf tensor, float32, requires grad}. The same names in every run.
+        buffers: for each run, {name: tensor}: what training changes without a gradient (BatchNorm's statistics).
+        caches: whether `prepare` does work that is worth keeping for every training image.
+    """
+
+    caches: ClassVar[bool] = False
+    parameters: Sequence[Mapping[str, Tensor]]
+    buffers: Sequence[Mapping[str, Tensor]] = ()
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """What images [B, 3, H, W] become before anything that is trained: inputs [B, ...], the same for all runs and
+        epochs."""
+        return images
+
+    @abstractmethod
+    def logits(self, inputs: Tensor, *, step: int | None = None) -> Tensor:
+        """Logits [R, B, C] in float32.
+
+        Args:
+            inputs: prepared images, [B, ...] for all runs, or [R, B, ...], to each run its own.
+            step: number of the training step, for what is random in it; None: evaluation mode.
+        """
+
+    def backward(self, inputs: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Gradients of the mean loss of a batch, in .grad of every parameter.
+
+        Args:
+            inputs: as for `logits`. labels: [B] or [R, B], as the inputs. step: number of the training step.
+
+        Returns:
+            losses [R], summed over the images, and correct answers [R]; float64 on the CPU.
+        """
+        logits = self.logits(inputs, step=step)
+        losses, correct = cross_entropies(logits, labels)
+        (losses.sum() / logits.shape[1]).backward()
+        return losses.detach().double().cpu(), correct.double().cpu()
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained numbers per run, beside the head."""
+        return sum(p.numel() for name, p in self.parameters[0].items() if not name.startswith(HEAD))
+
+
+def cross_entropies(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropies [R], summed over images, and correct answers [R], of logits [R, B, C], labels [B] or [R, B]."""
+    runs, images, _ = logits.shape
+    labels = labels.to(logits.device).expand(runs, images)
+    each = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return each.view(runs, images).sum(1), (logits.detach().argmax(2) == labels).sum(1)
+
+
+def linear_head(width: int, num_classes: int, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """nn.Linear's start drawn with a seed: {"head.weight": [C, width], "head.bias": [C]}, leaves that require grad."""
+    bound = width**-0.5
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.rand(num_classes, width, generator=generator) * 2 - 1) * bound
+    bias = (torch.rand(num_classes, generator=generator) * 2 - 1) * bound
+    return {f"{HEAD}.weight": weight.to(device).requires_grad_(), f"{HEAD}.bias": bias.to(device).requires_grad_()}

@@ -1,0 +1,49 @@
+"""HGPrompt: start from Σ α_i P_i, with α of Eq. 12 by `fast_ensemble`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hgprompt.ensemble import fast_ensemble
+from hgprompt.errors import OptionError
+from hgprompt.tuning.method import Cost, Setting
+from hgprompt.tuning.methods.start import StartMethod, named, sources
+
+_GRADIENT_IMAGES = 256
+_BATCH = 64
+
+
+class HGPrompt(StartMethod):
+    """Args:
+    lam: λ of Eq. 12; 0: the H-score alone.
+    gradient_images: as for `fast_ensemble`.
+    """
+
+    name = "HGPrompt"
+    uses_pool = True
+
+    def __init__(self, lam: float = 1.0, gradient_images: int | None = _GRADIENT_IMAGES) -> None:
+        if not lam >= 0:
+            raise OptionError(f"lam must be at least 0, got {lam}")
+        self.lam, self.gradient_images = lam, 0 if lam == 0 else gradient_images
+        if lam != 1.0:
+            self.name = f"HGPrompt λ={lam:g}"
+
+    def start(self, setting: Setting, seed: int) -> tuple[Tensor, Cost, dict[str, object]]:
+        pool = sources(setting)
+        result = fast_ensemble(
+            pool, setting.train.batches(_BATCH), backbone=setting.backbone, lam=self.lam, seed=seed,
+            gradient_images=self.gradient_images,
+        )  # fmt: skip
+        report: dict[str, object] = {
+            "weights": dict(zip(result.names, result.weights.tolist(), strict=True)),
+            "h_score": result.h_score,
+            "source_h_scores": named(pool, result.source_h_scores),
+        }
+        return result.prompt, self.cost(setting), report
+
+    def cost(self, setting: Setting) -> Cost:
+        """Every image under every source, and the sample of the gradients once more, there and back."""
+        images, m = len(setting.train), len(sources(setting))
+        sample = images if self.gradient_images is None else min(images, self.gradient_images)
+        return Cost(forward=images * m, backward=sample * m)

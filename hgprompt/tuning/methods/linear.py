@@ -1,0 +1,50 @@
+"""Linear: a linear head on the frozen network's features. What every other method has beside its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hgprompt.backbone import FrozenViT
+from hgprompt.tuning.config import TuneConfig
+from hgprompt.tuning.learner import HEAD, Learner, linear_head
+from hgprompt.tuning.method import Method, Prepared, Setting
+
+
+class LinearLearner(Learner):
+    """R linear heads on features [B, h], which are computed once for every image."""
+
+    caches: ClassVar[bool] = True
+
+    def __init__(self, backbone: FrozenViT, num_classes: int, configs: Sequence[TuneConfig]) -> None:
+        self.backbone = backbone
+        self.parameters = [linear_head(backbone.width, num_classes, c.seed, backbone.device) for c in configs]
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Features [B, h] without a prompt, float32."""
+        with torch.no_grad():
+            return self.backbone(images).float()
+
+    def logits(self, inputs: Tensor, *, step: int | None = None) -> Tensor:
+        weight, bias = self.stacked(f"{HEAD}.weight"), self.stacked(f"{HEAD}.bias")
+        return torch.baddbmm(bias[:, None], inputs.expand(len(weight), -1, -1), weight.mT)
+
+    def stacked(self, name: str) -> Tensor:
+        """A parameter of all runs, [R, ...]."""
+        return torch.stack([own[name] for own in self.parameters])
+
+
+class Linear(Method):
+    """A linear head alone."""
+
+    name = "Linear"
+    kind = "linear"
+
+    def prepare(self, setting: Setting, configs: Sequence[TuneConfig]) -> Prepared:
+        return Prepared(LinearLearner(setting.backbone, setting.num_classes, configs))
+
+    def num_parameters(self, setting: Setting) -> int:
+        return 0

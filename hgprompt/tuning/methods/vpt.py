@@ -1,0 +1,17 @@
+"""VPT: a prompt from a random start (Jia et al., ECCV 2022). Shallow or deep, as the setting says."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hgprompt.tuning.method import Cost, Setting
+from hgprompt.tuning.methods.start import StartMethod, random_start
+
+
+class VPT(StartMethod):
+    """No transfer."""
+
+    name = "VPT"
+
+    def start(self, setting: Setting, seed: int) -> tuple[Tensor, Cost, dict[str, object]]:
+        return random_start(setting, seed), Cost(), {}

@@ -1,0 +1,253 @@
+"""Prompts as a learner (VPT), and tune and evaluate: the trainer for those who have prompts and want prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hgprompt.backbone import FrozenViT
+from hgprompt.encoder import Impl, check_prompts, encode, pull_back
+from hgprompt.errors import PromptError
+from hgprompt.progress import Reporter
+from hgprompt.tuning import trainer
+from hgprompt.tuning.config import TuneConfig
+from hgprompt.tuning.learner import HEAD, Learner, cross_entropies, linear_head
+from hgprompt.tuning.result import TuneResult
+
+Penalty = Callable[[Tensor, slice, slice], Tensor]
+"""penalty(logits [r, b, C], runs, images) → [r], summed over those images."""
+
+
+class PromptLearner(Learner):
+    """A prompt and a linear head for each run, on one frozen network: R runs are R prompts of one batch.
+
+    Args:
+        backbone: the frozen network. parameters: for each run, "prompt" [p, d] or [L, p, d], "head.weight" [C, h] and
+            "head.bias" [C]; `start` makes them.
+        configs: of the runs, for the seed and share of prompt dropout; empty: none is dropped.
+        micro_batch, impl: as for `encode`.
+    """
+
+    def __init__(
+        self,
+        backbone: FrozenViT,
+        parameters: Sequence[Mapping[str, Tensor]],
+        configs: Sequence[TuneConfig] = (),
+        *,
+        micro_batch: int | None = None,
+        impl: Impl = "auto",
+    ) -> None:
+        self.backbone, self.parameters, self.configs = backbone, parameters, configs
+        self.micro_batch: int | None = micro_batch
+        self.impl: Impl = impl
+
+    @staticmethod
+    def start(
+        backbone: FrozenViT, prompts: Sequence[Tensor], num_classes: int, configs: Sequence[TuneConfig]
+    ) -> list[dict[str, Tensor]]:
+        """Parameters of one run for each prompt [p, d] or [L, p, d] and config: copies, with heads drawn by the seed.
+
+        Raises:
+            PromptError: prompts that do not fit the backbone.
+        """
+        check_prompts(backbone, torch.stack(list(prompts)))
+        return [
+            {
+                "prompt": prompt.detach().to(backbone.device, torch.float32).clone().requires_grad_(),
+                **linear_head(backbone.width, num_classes, config.seed, backbone.device),
+            }
+            for prompt, config in zip(prompts, configs, strict=True)
+        ]
+
+    def logits(self, inputs: Tensor, *, step: int | None = None) -> Tensor:
+        prompts = self._prompts()
+        mask = self._kept(step)
+        prompts = prompts if mask is None else prompts * mask
+        features = encode(self.backbone, prompts, inputs, micro_batch=self.micro_batch, impl=self.impl)
+        return linear_logits(features, self.parameters)
+
+    def backward(self, inputs: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        mask = self._kept(step)
+        prompts = self._prompts().detach()
+        losses, correct, gradient = pull_back_runs(
+            self.backbone, prompts if mask is None else prompts * mask, inputs, labels, self.parameters,
+            penalty=self.penalty(inputs), micro_batch=self.micro_batch, impl=self.impl,
+        )  # fmt: skip
+        gradient = gradient if mask is None else gradient * mask
+        for of_run, slope in zip(self.parameters, gradient, strict=True):
+            of_run["prompt"].grad = slope.to(torch.float32)
+        return losses, correct
+
+    def penalty(self, inputs: Tensor) -> Penalty | None:
+        """What a method adds to the cross-entropy on this batch; here nothing."""
+        return None
+
+    def _prompts(self) -> Tensor:
+        return torch.stack([of_run["prompt"] for of_run in self.parameters])
+
+    def _kept(self, step: int | None) -> Tensor | None:
+        """Dropout's factors [R, ...] of the prompts in a step, or None."""
+        if step is None or not any(config.prompt_dropout for config in self.configs):
+            return None
+        factors = []
+        for config, of_run in zip(self.configs, self.parameters, strict=True):
+            # A generator of the step alone: a resumed run draws what the undisturbed one drew.
+            generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) % 2**63)
+            kept = torch.rand(of_run["prompt"].shape, generator=generator) >= config.prompt_dropout
+            factors.append(kept.to(torch.float32) / (1 - config.prompt_dropout))
+        return torch.stack(factors).to(self.backbone.device)
+
+
+def linear_logits(features: Tensor, parameters: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Logits [R, B, C] in float32 of features [R, B, h] under each run's linear head."""
+    weight, bias = (torch.stack([of_run[f"{HEAD}.{name}"] for of_run in parameters]) for name in ("weight", "bias"))
+    return torch.baddbmm(bias[:, None], features.float(), weight.mT)
+
+
+def pull_back_runs(
+    backbone: FrozenViT,
+    prompts: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    parameters: Sequence[Mapping[str, Tensor]],
+    *,
+    penalty: Penalty | None = None,
+    micro_batch: int | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean loss of a batch, back to the prompts (returned) and to the heads (in their .grad).
+
+    Args:
+        prompts: [R, p, d] or [R, L, p, d]. images: [B, 3, H, W] or [R, B, 3, H, W]. labels: [B] or [R, B].
+        parameters: of the runs; their heads are read, and get gradients.
+        penalty: added to the cross-entropy.
+
+    Returns:
+        losses [R], summed over images, correct answers [R] (float64, CPU), and gradients of the mean loss, as prompts.
+    """
+    runs, count = len(prompts), images.shape[-4]
+    labels = labels.to(backbone.device).expand(runs, count)
+    heads = [{name: value.detach() for name, value in p.items() if name.startswith(HEAD)} for p in parameters]
+
+    def loss(features: Tensor, runs: slice, images: slice) -> Tensor:
+        logits = linear_logits(features, heads[runs])
+        losses = cross_entropies(logits, labels[runs, images])[0]
+        return losses if penalty is None else losses + penalty(logits, runs, images)
+
+    features, _, gradient = pull_back(backbone, prompts, images, loss, micro_batch=micro_batch, impl=impl)
+    # The heads' gradients come from the same features, all at once.
+    logits = linear_logits(features, parameters)
+    losses, correct = cross_entropies(logits, labels)
+    if penalty is not None:
+        losses = losses + penalty(logits, slice(0, runs), slice(0, count))
+    (losses.sum() / count).backward()
+    return losses.detach().double().cpu(), correct.double().cpu(), gradient / count
+
+
+def tune(
+    backbone: FrozenViT,
+    starts: Mapping[str, Tensor],
+    train: trainer.Images,
+    *,
+    test: trainer.Images | None = None,
+    num_classes: int | None = None,
+    config: TuneConfig | None = None,
+    evaluate_every: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: bool | Reporter = False,
+    stage: str = "tuning",
+    workers: int = 0,
+    micro_batch: int | None = None,
+    impl: Impl = "auto",
+) -> TuneResult:
+    """Tune prompts and linear heads on a labelled task (VPT, shallow or deep).
+
+    The runs see the same images in the same order and start from the same head: a comparison of starts is paired.
+
+    Args:
+        backbone: the frozen network; its dtype is the compute dtype. Prompts, heads and optimiser are float32.
+        starts: {name: [p, d]} (deep: [L, p, d]), one run each. They are not changed.
+        train, test: images and labels. test is only ever evaluated.
+        num_classes: C; None: train's (and test's, where it has more).
+        config: how to tune; None: TuneConfig().
+        evaluate_every: accuracy on `test` after every so many epochs; always after the last. 0: after the last alone.
+        checkpoint: a file that is written after every epoch, whole or not at all. Where it is there already, the run
+            continues from it and ends with the same bits as an undisturbed one.
+        progress, stage: a bar (loss, accuracy, time left), or a callable (stage, done, total); stage names it.
+        workers: processes that decode images, where these are not in memory.
+        micro_batch, impl: as for `encode`.
+
+    Raises:
+        PromptError, DataError, OptionError: starts, images or options that cannot be used. DataError also where the
+        loss stops being finite. FileFormatError, OptionError: a checkpoint that is damaged, or of another run.
+    """
+    config = config or TuneConfig()
+    prompts = _checked(backbone, starts)
+    names, configs = tuple(starts), [config] * len(prompts)
+    num_classes = num_classes or max(train.num_classes, 0 if test is None else test.num_classes)
+    parameters = PromptLearner.start(backbone, prompts, num_classes, configs)
+    learner = PromptLearner(backbone, parameters, configs, micro_batch=micro_batch, impl=impl)
+    trained = trainer.train(
+        learner, configs, train, test, num_classes=num_classes, evaluate_every=evaluate_every, names=names,
+        strict=True, checkpoint=checkpoint, identity=identity_of(backbone), progress=progress, stage=stage,
+        workers=workers,
+    )  # fmt: skip
+    final = {name: torch.stack([p[name].detach().cpu() for p in parameters]) for name in parameters[0]}
+    return TuneResult(
+        names=names,
+        prompts=final["prompt"],
+        head_weight=final[f"{HEAD}.weight"],
+        head_bias=final[f"{HEAD}.bias"],
+        history=tuple(record | {"lr": record["lr"][0]} for record in trained.history),
+        config=config,
+        task=train.name,
+        class_names=train.class_names,
+        backbone=backbone.info,
+        seconds=trained.seconds,
+    )
+
+
+def identity_of(backbone: FrozenViT) -> dict[str, object]:
+    """What a checkpoint remembers of the network."""
+    return {
+        "backbone": backbone.fingerprint,
+        "image_size": list(backbone.image_size),
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+    }
+
+
+def evaluate(
+    backbone: FrozenViT,
+    prompts: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    images: trainer.Images,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    micro_batch: int | None = None,
+    impl: Impl = "auto",
+    report: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Accuracy [K] in 0 … 1 of K prompts [K, p, d] with K heads [K, C, h], [K, C]; float64 on the CPU.
+
+    report(done, total) is called after every batch of images.
+    """
+    parameters = [
+        {"prompt": prompt, f"{HEAD}.weight": weight.to(backbone.device), f"{HEAD}.bias": bias.to(backbone.device)}
+        for prompt, weight, bias in zip(prompts, head_weight, head_bias, strict=True)
+    ]
+    learner = PromptLearner(backbone, parameters, micro_batch=micro_batch, impl=impl)
+    return trainer.accuracy(learner, images, batch_size=batch_size, workers=workers, report=report)
+
+
+def _checked(backbone: FrozenViT, starts: Mapping[str, Tensor]) -> list[Tensor]:
+    if not isinstance(starts, Mapping) or not starts:
+        raise PromptError("starts must be {name: prompt} with at least one prompt: random_prompt makes one")
+    shapes = {name: list(prompt.shape) for name, prompt in starts.items()}
+    if len({tuple(shape) for shape in shapes.values()}) > 1:
+        raise PromptError(f"starts must have one shape, got {shapes}")
+    return [prompt.detach().float() for prompt in starts.values()]

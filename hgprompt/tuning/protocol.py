@@ -1,0 +1,221 @@
+"""VTAB's protocol: rates are chosen on val200, then all 1,000 images are trained on, and the test images seen once.
+
+Grid points compete on train800, judged by the accuracy on val200 after the last epoch (ties: the smaller rate, then the
+smaller decay); the winner trains anew on train800val200, once per seed (Zhai et al. 2019, and VPT). Every method gets
+the same number of epochs; what it does beside them is its Cost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hgprompt.errors import DataError, OptionError
+from hgprompt.files import make_directory
+from hgprompt.progress import Progress, Reporter
+from hgprompt.tuning.config import TuneConfig
+from hgprompt.tuning.method import Cost, Method, Prepared, Setting
+from hgprompt.tuning.prompts import identity_of
+from hgprompt.tuning.trainer import Images, Trained, train
+
+SEEDS = (42, 44, 82)
+"""VPT's seeds of the final runs; the first is also that of the selection."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Base learning rates and weight decays that compete."""
+
+    rates: tuple[float, ...]
+    decays: tuple[float, ...]
+
+    def configs(self, config: TuneConfig, kind: str) -> list[TuneConfig]:
+        """The grid's points: everything else is config's, but the optimiser, which goes with the kind of method."""
+        optimizer: Any = "adamw" if kind == "fine-tune" else "sgd"
+        return [
+            dataclasses.replace(config, lr=lr, head_lr=None, weight_decay=decay, optimizer=optimizer)
+            for lr, decay in itertools.product(self.rates, self.decays)
+        ]
+
+
+_DECAYS = (0.01, 0.001, 0.0001, 0.0)
+_PROMPT_RATES = (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
+GRIDS: dict[str, dict[str, Grid]] = {
+    "full": {
+        "prompt": Grid(_PROMPT_RATES, _DECAYS),
+        "linear": Grid(_PROMPT_RATES, _DECAYS),
+        "fine-tune": Grid((0.005, 0.001, 0.0005, 0.0001), _DECAYS),
+    },
+    "quick": {
+        "prompt": Grid((25.0, 10.0, 2.5, 0.5), (0.0001,)),
+        "linear": Grid((25.0, 10.0, 2.5, 0.5), (0.0001,)),
+        "fine-tune": Grid((0.005, 0.001, 0.0005, 0.0001), (0.0001,)),
+    },
+}
+"""By name and kind of method: "full" is VPT's, "quick" is short."""
+
+_RUNS_AT_ONCE = {"prompt": 64, "linear": 64, "fine-tune": 4}
+# A run of a prompt is a few numbers, one of a fine-tuned network may be a copy of the network.
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A method on a task, as `select_and_retrain` found it.
+
+    Attributes:
+        method: its name. chosen: the config that won, with the first seed. grid: every point: lr, weight_decay,
+            accuracy on val200 in 0 … 1 (0 for one that diverged).
+        seeds, accuracies: on the test images, in 0 … 1, one of each seed; diverged: which of them did.
+        num_parameters: trained numbers beside the head. epochs: of each run. images: that a final run trains on.
+        cost: of preparing the final runs, all seeds together; selection_cost: of preparing the grid's.
+        seconds: wall time of selection and of the final runs, preparation and evaluation included.
+        report: of the method about the final runs.
+    """
+
+    method: str
+    chosen: TuneConfig
+    grid: tuple[dict[str, float], ...]
+    seeds: tuple[int, ...]
+    accuracies: tuple[float, ...]
+    diverged: tuple[bool, ...]
+    num_parameters: int
+    epochs: int
+    images: int
+    cost: Cost
+    selection_cost: Cost
+    seconds: tuple[float, float]
+    report: Mapping[str, object]
+
+    @property
+    def mean(self) -> float:
+        """Of the accuracies over the seeds."""
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation of the accuracies over the seeds (n - 1); NaN for one seed."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else math.nan
+
+    def record(self) -> dict[str, Any]:
+        """All of it, JSON-able."""
+        return {
+            "method": self.method,
+            "chosen": dataclasses.asdict(self.chosen),
+            "grid": [dict(point) for point in self.grid],
+            "seeds": list(self.seeds),
+            "accuracies": list(self.accuracies),
+            "diverged": list(self.diverged),
+            "mean": self.mean,
+            "std": None if math.isnan(self.std) else self.std,
+            "num_parameters": self.num_parameters,
+            "epochs": self.epochs,
+            "images": self.images,
+            "cost": dataclasses.asdict(self.cost),
+            "selection_cost": dataclasses.asdict(self.selection_cost),
+            "seconds": list(self.seconds),
+            "report": dict(self.report),
+        }
+
+
+def select_and_retrain(
+    method: Method,
+    setting800: Setting,
+    val200: Images,
+    setting1000: Setting,
+    test: Images,
+    *,
+    grid: str | Grid = "full",
+    seeds: Sequence[int] = SEEDS,
+    config: TuneConfig | None = None,
+    runs_at_once: int | None = None,
+    folder: str | Path | None = None,
+    workers: int = 0,
+    progress: bool | Reporter = False,
+) -> Outcome:
+    """Choose rates on val200, train anew on train800val200 with every seed, and test.
+
+    Args:
+        method: to be judged. setting800: with train800 as its images. setting1000: with train800val200.
+        val200, test: images to choose on, and to report.
+        grid: "full", "quick", or base rates and decays.
+        seeds: of the final runs; the first is that of the selection.
+        config: epochs, batch size, warm-up and dropout of every run; None: TuneConfig().
+        runs_at_once: grid points that train side by side; None: all for prompts and heads, 4 where a run may hold a
+            copy of the network.
+        folder: where to keep checkpoints; a call that was interrupted goes on from them.
+        workers: processes that decode images that are not in memory. progress: as for `train`.
+
+    Raises:
+        DataError: every grid point diverged. OptionError: no such grid, or no seeds. And as the method and `train` do.
+    """
+    if isinstance(grid, str):
+        if grid not in GRIDS:
+            raise OptionError(f"grid must be one of {sorted(GRIDS)} or a Grid, got {grid!r}")
+        grid = GRIDS[grid][method.kind]
+    points = grid.configs(config or TuneConfig(), method.kind)
+    if not seeds or not points:
+        raise OptionError("the protocol needs at least one seed, one rate and one decay")
+    points = [dataclasses.replace(point, seed=seeds[0]) for point in points]
+    if runs_at_once is not None and runs_at_once < 1:
+        raise OptionError(f"runs_at_once must be at least 1, got {runs_at_once}")
+    size = runs_at_once or method.runs_at_once or _RUNS_AT_ONCE[method.kind]
+    folder = None if folder is None else make_directory(folder)
+    judged: list[dict[str, float]] = []
+    diverged: list[bool] = []
+    selection_cost = Cost()
+    began = time.perf_counter()
+    with Progress.of(progress) as report:
+
+        def run(setting: Setting, configs: Sequence[TuneConfig], images: Images, name: str) -> tuple[Prepared, Trained]:
+            prepared = method.prepare(setting, configs)
+            trained = train(
+                prepared.learner, prepared.configs or configs, setting.train, images, num_classes=setting.num_classes,
+                checkpoint=None if folder is None else folder / f"{method.name}-{name}.safetensors",
+                identity={"method": method.name, **identity_of(setting.backbone)}, workers=workers,
+                progress=report, stage=f"{method.name}, {name}",
+            )  # fmt: skip
+            return prepared, trained
+
+        for start in range(0, len(points), size):
+            chunk = points[start : start + size]
+            prepared, trained = run(setting800, chunk, val200, f"grid {start // size + 1}")
+            selection_cost += prepared.cost
+            diverged += trained.diverged
+            judged += [
+                {"lr": c.lr, "weight_decay": c.weight_decay, "accuracy": accuracy}
+                for c, accuracy in zip(chunk, trained.accuracies, strict=True)
+            ]
+        if all(diverged):
+            raise DataError(f"{method.name} diverges at every point of its grid: smaller rates may help")
+        best = choose(judged)
+        selected = time.perf_counter()
+        chosen = dataclasses.replace(points[best], seed=seeds[0])
+        finals = [dataclasses.replace(chosen, seed=seed) for seed in seeds]
+        prepared, trained = run(setting1000, finals, test, "final")
+    return Outcome(
+        method=method.name,
+        chosen=chosen,
+        grid=tuple(judged),
+        seeds=tuple(seeds),
+        accuracies=tuple(trained.accuracies),
+        diverged=trained.diverged,
+        num_parameters=method.num_parameters(setting1000),
+        epochs=len(trained.history),
+        images=len(setting1000.train),
+        cost=prepared.cost,
+        selection_cost=selection_cost,
+        seconds=(selected - began, time.perf_counter() - selected),
+        report=prepared.report,
+    )
+
+
+def choose(judged: Sequence[Mapping[str, float]]) -> int:
+    """Index of the highest accuracy; of equal ones the smaller rate, then the smaller decay."""
+    return min(range(len(judged)), key=lambda i: (-judged[i]["accuracy"], judged[i]["lr"], judged[i]["weight_decay"]))

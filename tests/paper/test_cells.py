@@ -1,0 +1,188 @@
+"""Cells: killed at any moment, shared among processes, refused where they are not the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hgprompt.errors import FileFormatError, OptionError
+from hgprompt.paper.cells import Cell, Share, Store, run_cells
+
+COUNT = 12
+# Each cell appends a line to a log when it is about to finish: work that was done twice, or never, can be counted.
+PROGRAM = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from paper_cells import cells, table
+from hgprompt.paper.cells import Share, Store, run_cells
+out = Path(sys.argv[1])
+found = run_cells(Store(out), cells(out, float(sys.argv[2])), share=Share.of_environment())
+if len(found) == {count}:
+    (out / "table.json").write_text(table(found))
+"""
+
+
+def cells(out, pause=0.0):
+    def work(i):
+        def run(job):
+            half = job.checkpoints / "half"
+            if not half.exists():
+                time.sleep(pause)
+                half.write_text(str(i * i))
+            time.sleep(pause)
+            with (out / "log").open("a") as log:
+                log.write(f"{i}\n")
+            return {"value": int(half.read_text()) + i}
+
+        return run
+
+    return [Cell(f"cell {i}", {"i": i, "of": [COUNT]}, work(i), cost=1 + i % 3) for i in range(COUNT)]
+
+
+def table(found):
+    return json.dumps({key: found[key]["value"] for key in sorted(found)})
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a process that works on the cells of a folder."""
+    helpers = tmp_path / "helpers"
+    helpers.mkdir()
+    (helpers / "paper_cells.py").write_text(Path(__file__).read_text())
+    program = helpers / "program.py"
+    program.write_text(PROGRAM.format(tests=str(helpers), count=COUNT))
+
+    def start(out, pause, **environment):
+        root = str(Path(__file__).parents[2])
+        env = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"} | environment
+        return subprocess.Popen([sys.executable, program, out, str(pause)], env=env, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def _wait_for(condition, process):
+    while not condition() and process.poll() is None:
+        time.sleep(0.005)
+
+
+def test_killed_again_and_again_it_ends_with_the_same_table(tmp_path, start):
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    expected = table(run_cells(Store(undisturbed), cells(undisturbed)))
+    out = tmp_path / "out"
+    out.mkdir()
+    finished = 0
+    rng = random.Random(0)
+    for _ in range(3):
+        process = start(out, 0.03)
+        goal = finished + 2
+        _wait_for(lambda goal=goal: len(list(out.glob("cells/*.json"))) >= goal, process)
+        time.sleep(rng.random() * 0.06)  # somewhere within a cell
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        finished = len(list(out.glob("cells/*.json")))
+        for path in out.glob("cells/*.json"):
+            json.loads(path.read_text())  # whole
+    assert finished < COUNT
+    process = start(out, 0.0)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, errors
+    assert (out / "table.json").read_text() == expected
+    # What was finished before a kill was not done again: each kill can cost the one cell that was under way.
+    log = (out / "log").read_text().split()
+    assert {int(i) for i in log} == set(range(COUNT))
+    assert len(log) <= COUNT + 3
+    assert not list((out / "checkpoints").iterdir())
+
+
+def test_two_processes_share_the_work_and_the_later_one_has_it_all(tmp_path, start):
+    out = tmp_path / "out"
+    out.mkdir()
+    pair = [start(out, 0.01, RANK=str(r), WORLD_SIZE="2") for r in range(2)]
+    errors = [p.communicate(timeout=60)[1] for p in pair]
+    assert [p.returncode for p in pair] == [0, 0], errors
+    log = [int(i) for i in (out / "log").read_text().split()]
+    assert sorted(log) == list(range(COUNT))  # each once
+    assert (out / "table.json").is_file()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 20])
+def test_shares_are_a_partition_of_about_equal_cost(tmp_path, world):
+    plan = cells(tmp_path)
+    shares = [Share(rank, world).of(plan) for rank in range(world)]
+    assert sorted(c.key for s in shares for c in s) == sorted(c.key for c in plan)
+    costs = [sum(c.cost for c in s) for s in shares]
+    # Dealt one by one to whoever has least, two shares differ by one cell at most.
+    assert max(costs) - min(costs) <= max(c.cost for c in plan)
+
+
+def test_finished_cells_are_not_run_again(tmp_path):
+    first = run_cells(Store(tmp_path), cells(tmp_path))
+    assert run_cells(Store(tmp_path), cells(tmp_path)) == first
+    assert len((tmp_path / "log").read_text().split()) == COUNT
+    (tmp_path / "cells" / Store(tmp_path).path(cells(tmp_path)[3]).name).unlink()
+    assert run_cells(Store(tmp_path), cells(tmp_path)) == first
+    assert (tmp_path / "log").read_text().split()[COUNT:] == ["3"]
+
+
+def test_an_error_keeps_what_is_finished(tmp_path):
+    def fail(_):
+        raise ValueError("no")
+
+    plan = cells(tmp_path)[:3]
+    with pytest.raises(ValueError, match="no"):
+        run_cells(Store(tmp_path), [*plan[:2], Cell("bad", {}, fail), plan[2]])
+    assert set(Store(tmp_path).finished(plan)) == {"cell 0", "cell 1"}
+
+
+def test_a_cell_of_another_identity_is_refused_before_any_work(tmp_path):
+    run_cells(Store(tmp_path), cells(tmp_path)[:2])
+    other = Cell("cell 1", {"i": 1, "of": [99]}, cells(tmp_path)[1].run)
+    with pytest.raises(OptionError, match=r"made otherwise \(of: there \[12\], here \[99\]\): give another --out, or"):
+        run_cells(Store(tmp_path), [cells(tmp_path)[5], other])
+    assert (tmp_path / "log").read_text().split() == ["0", "1"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "hgprompt-cell"}', '{"identity": {}, "record": {}}'])
+def test_damaged_cells_are_named(tmp_path, content):
+    store = Store(tmp_path)
+    run_cells(store, cells(tmp_path)[:1])
+    store.path(cells(tmp_path)[0]).write_text(content)
+    with pytest.raises(FileFormatError, match=r"delete it to do its work again"):
+        run_cells(store, cells(tmp_path))
+
+
+def test_one_process_for_one_share(tmp_path):
+    def again(_):
+        with pytest.raises(OptionError, match="another process is at work"):
+            run_cells(Store(tmp_path), [])
+        run_cells(Store(tmp_path), [], share=Share(1, 2))  # another share is another matter
+        return {}
+
+    run_cells(Store(tmp_path), [Cell("a", {}, again)])
+
+
+def test_names_that_differ_have_files_that_differ(tmp_path):
+    plan = [Cell(key, {"key": key}, lambda _: {}) for key in ("a b", "a/b", "a_b", "A λ=1", "A λ=2", "x" * 300)]
+    assert len({Store(tmp_path).path(cell) for cell in plan}) == len(plan)
+    assert len(run_cells(Store(tmp_path), plan)) == len(plan)
+    with pytest.raises(OptionError, match="names twice: a_b"):
+        run_cells(Store(tmp_path), [plan[2], plan[2]])
+
+
+@pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("x", "2"), ("-1", "2")])
+def test_a_rank_that_is_none(monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(OptionError, match="no share of the work"):
+        Share.of_environment()

@@ -1,0 +1,174 @@
+"""The command on small tasks, from the folders to the files; and the figures by themselves."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from vtab_folders import write_task
+
+from hgprompt import PromptPool
+from hgprompt.cli import main
+from hgprompt.paper import figures
+from hgprompt.paper.embedding import neighbour_accuracy
+from hgprompt.tuning.protocol import GRIDS, Grid
+
+HAS_TSNE = importlib.util.find_spec("sklearn") is not None
+FAST = (
+    "--image-size", "16", "--tokens", "2", "--epochs", "1", "--source-epochs", "1", "--seeds", "1,2", "--grid", "quick",
+    "--dtype", "float32", "--device", "cpu", "--quiet",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tasks")
+    for name in ("ants", "bees", "cats", "owls"):
+        write_task(root / name, sizes=(12, 6, 6))
+    return root
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("out") / "results"
+
+
+@pytest.fixture
+def reproduce(root, out, monkeypatch, capsys):
+    # What is measured here is the road, not the methods: two rates are a choice.
+    monkeypatch.setitem(GRIDS["quick"], "prompt", Grid((5.0, 1.0), (0.0001,)))
+
+    def run(*arguments, code=0):
+        command = ["hgprompt", "reproduce", *FAST, "--data-root", root, "--out", out, *arguments]
+        monkeypatch.setattr("sys.argv", [str(a) for a in command])
+        with pytest.raises(SystemExit) as end:
+            main()
+        said = capsys.readouterr()
+        assert end.value.code == code, said.err
+        return said.out if code == 0 else said.err
+
+    return run
+
+
+def _is_picture(path, least=300):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert min(image.size) >= least
+        assert np.asarray(image.convert("L")).std() > 5  # not a blank page
+    return True
+
+
+def test_a_dry_run_says_what_is_to_do_and_does_nothing(reproduce, out):
+    said = json.loads(reproduce("table1", "--tasks", "ants", "--methods", "VPT,uniform", "--dry-run", "--json"))
+    assert said["to_do"] == [*(f"source.{n}" for n in ("ants", "bees", "cats", "owls")), "VPT.ants", "uniform.ants"]
+    assert not out.exists()
+
+
+def test_table1_and_what_the_experiments_share(reproduce, out):
+    said = reproduce("table1", "--tasks", "ants,bees", "--methods", "VPT,uniform")
+    assert "| VPT | 384 |" in said  # 2 tokens of width 192
+    for name in ("table1.md", "table1.csv", "table1.png", "pool.safetensors"):
+        assert str(out / name) in said
+    assert _is_picture(out / "table1.png")
+    text = (out / "table1.md").read_text()
+    assert "2 shallow prompt tokens" in text
+    rows = {row["Method"]: row for row in csv.DictReader((out / "table1.csv").open())}
+    cell = json.loads((out / "cells" / "uniform.bees.json").read_text())["record"]
+    assert float(rows["uniform"]["bees mean"]) == pytest.approx(100 * np.mean(cell["accuracies"]))
+    # The pool has every task's prompt; the mixture for a task has all but its own, below.
+    assert PromptPool.load(out / "pool.safetensors").names == ("ants", "bees", "cats", "owls")
+    # Chosen on the validation images: the best of what was tried, of equal ones the smaller rate.
+    best = max(v["accuracy"] for v in cell["grid"])
+    rates = [v["lr"] for v in cell["grid"] if v["accuracy"] == best]
+    assert cell["chosen"]["lr"] == min(rates)
+
+    before = {p.name: p.stat().st_mtime_ns for p in (out / "cells").glob("*.json")}
+    assert reproduce("table1", "--tasks", "ants,bees", "--methods", "VPT,uniform") == said
+    reproduce("table2", "--tasks", "ants", "--sources", "ants,bees,cats,owls")
+    after = {p.name: p.stat().st_mtime_ns for p in (out / "cells").glob("*.json")}
+    assert before.items() <= after.items()
+    assert {*after} - {*before} == {"HGPrompt-lambda-0.ants.json", "HGPrompt.ants.json"}
+    report = json.loads((out / "cells" / "HGPrompt.ants.json").read_text())["record"]["report"]
+    assert {seed: set(found["weights"]) for seed, found in report.items()} == {
+        "seed 1": {"bees", "cats", "owls"}, "seed 2": {"bees", "cats", "owls"},
+    }  # fmt: skip
+    lines = (out / "table2.md").read_text().splitlines()
+    first, third = (next(li for li in lines if li.startswith(f"| {row} |")) for row in ("– / –", "– / gradient"))
+    assert first.split("|")[2:] == third.split("|")[2:]
+
+
+def test_other_options_are_refused_and_not_mixed_in(reproduce, out):
+    said = reproduce("table1", "--tasks", "ants", "--methods", "uniform", "--test-limit", "3", code=1)
+    assert "made otherwise (test_limit: there None, here 3)" in said.replace("\n", " ")
+
+
+def test_fig3_leaves_out_a_targets_own_prompt_and_fig4_does_not(reproduce, out):
+    reproduce("fig3", "--tasks", "ants,bees")
+    rows = list(csv.DictReader((out / "fig3.csv").open()))
+    assert len(rows) == 2 * 3  # pairs of the three other sources, for two targets
+    assert all(row["target"] not in (row["source"], row["other source"]) for row in rows)
+    assert all(abs(float(row["cosine"])) <= 1 + 1e-9 for row in rows)  # float64, up to rounding
+    assert _is_picture(out / "fig3.png")
+
+    reproduce("fig4", "--tasks", "ants,bees")
+    rows = list(csv.DictReader((out / "fig4.csv").open()))
+    for method in ("SPoT", "ATTEMPT", "PANDA", "HGPrompt"):
+        for target in ("ants", "bees"):
+            weights = {r["source"]: float(r["weight"]) for r in rows if (r["method"], r["target"]) == (method, target)}
+            assert set(weights) == {"ants", "bees", "cats", "owls"}
+            assert sum(weights.values()) == pytest.approx(1)
+    assert _is_picture(out / "fig4.png")
+
+
+@pytest.mark.skipif(not HAS_TSNE, reason="t-SNE is scikit-learn's")
+def test_fig5(reproduce, out):
+    assert "nearest neighbours" in reproduce("fig5", "--tasks", "owls", "--sources", "ants,bees,cats")
+    rows = list(csv.DictReader((out / "fig5.csv").open()))
+    assert len(rows) == 4 * 6  # three sources and the mixture, six test images
+    assert {row["class"] for row in rows} == {"class 0", "class 1", "class 2"}
+    assert _is_picture(out / "fig5.png")
+
+
+@pytest.mark.skipif(HAS_TSNE, reason="scikit-learn is here")
+def test_fig5_says_at_once_what_it_lacks(reproduce):
+    assert "pip install 'hgprompt[paper]'" in reproduce("fig5", "--tasks", "owls", code=1)
+
+
+def test_wrong_wishes(reproduce, root, tmp_path):
+    assert "there are table1, table2" in reproduce("table3", code=1)
+    assert "no method is called 'SPOT'" in reproduce("table1", "--methods", "SPOT", "--tasks", "own", code=1)
+    assert "takes no --methods" in reproduce("fig6", "--tasks", "ants", "--methods", "VPT", code=1)
+    assert "has no task 'ant'" in reproduce("table1", "--tasks", "ant", code=1)
+    assert "none of the tasks cifar, svhn" in reproduce("fig6", code=1)
+    assert "--seeds must be whole numbers" in reproduce("table1", "--seeds", "1,a", code=1)
+
+
+def test_lambda_figure(tmp_path):
+    curves = {"A": {0.1: [0.2, 0.3], 1.0: [0.4, 0.5], 10.0: [0.3, 0.3]}, "B": {0.1: [0.6], 10.0: [0.5]}}
+    figures.plot_lambda(curves, tmp_path / "f.png")
+    assert _is_picture(tmp_path / "f.png")
+
+
+def test_figures_of_thirteen_tasks_and_gaps(tmp_path):
+    rng = np.random.default_rng(0)
+    names = [f"a long name {i}" for i in range(13)]
+    weights = rng.dirichlet(np.ones(13), 13)
+    weights[3] = np.nan
+    figures.plot_weights(dict.fromkeys(("one", "two", "three"), weights), names, names, tmp_path / "w.png")
+    figures.plot_matrix(np.corrcoef(rng.standard_normal((13, 5))), names, "cosines", tmp_path / "m.png")
+    points = {f"source {n}": rng.standard_normal((50, 2)) for n in names[:3]}
+    figures.plot_embeddings(points, rng.integers(0, 12, 50), [str(i) for i in range(12)], {}, tmp_path / "e.png")
+    rows = {n: [(50.0, 1.0), None, (20.0, 0.0)] for n in names}
+    figures.plot_bars(["x", "y", "z"], rows, "bars", tmp_path / "b.png")
+    assert all(_is_picture(tmp_path / f"{n}.png") for n in "wmeb")
+
+
+def test_neighbours_by_hand():
+    # On a line: of 0, 1, 2 and 10 the nearest other point is 1, 0, 1, 2; labels 0, 0, 1, 1 then agree in three cases.
+    features, labels = torch.tensor([[0.0], [1.0], [2.1], [10.0]]).double(), torch.tensor([0, 0, 1, 1])
+    assert neighbour_accuracy(features, labels, 1) == pytest.approx(3 / 4)

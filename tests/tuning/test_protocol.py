@@ -1,0 +1,131 @@
+"""The protocol against the same steps taken one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+
+import literal
+import pytest
+import torch
+
+from hgprompt import DataError, FrozenViT, OptionError, PromptPool
+from hgprompt.data import LabelledImages
+from hgprompt.tuning import TuneConfig, random_prompt, tune
+from hgprompt.tuning.method import Setting
+from hgprompt.tuning.methods import CONTROLS, METHODS
+from hgprompt.tuning.protocol import GRIDS, SEEDS, Grid, choose, select_and_retrain
+
+CONFIG = TuneConfig(epochs=4, batch_size=8)
+GRID = Grid((8.0, 0.5, 1e-3), (0.01, 0.0))
+
+
+@pytest.fixture(scope="module")
+def problem():
+    vit = FrozenViT.from_timm(literal.tiny_vit().double())
+    train800, val200, test = _images(24, 0), _images(12, 1), _images(30, 2)
+    both = LabelledImages(
+        "set", torch.cat([train800.images, val200.images]), torch.cat([train800.labels, val200.labels])
+    )
+    setting = Setting(vit, literal.tiny_vit, train800, 3, num_tokens=2)
+    return setting, val200, dataclasses.replace(setting, train=both), test
+
+
+def _images(n, seed):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 3
+    noise = torch.randint(0, 110, (n, 3, 16, 16), generator=g)
+    return LabelledImages("set", (noise + 40 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels)
+
+
+def test_is_the_selection_and_the_runs_one_by_one(problem):
+    setting, val200, both, test = problem
+    outcome = select_and_retrain(METHODS["VPT"], *problem, grid=GRID, config=CONFIG)
+    judged = []
+    for lr in GRID.rates:
+        for decay in GRID.decays:
+            config = dataclasses.replace(CONFIG, lr=lr, weight_decay=decay, seed=SEEDS[0])
+            start = random_prompt(setting.backbone, 2, seed=SEEDS[0])
+            alone = tune(setting.backbone, {"a": start}, setting.train, test=val200, config=config)
+            judged.append((alone.accuracy("a"), -lr, -decay))
+    assert [p["accuracy"] for p in outcome.grid] == [j[0] for j in judged]
+    assert (outcome.chosen.lr, outcome.chosen.weight_decay) == (-max(judged)[1], -max(judged)[2])
+    assert outcome.chosen.optimizer == "sgd"
+    for seed, accuracy in zip((42, 44, 82), outcome.accuracies, strict=True):
+        start = random_prompt(setting.backbone, 2, seed=seed)
+        config = dataclasses.replace(outcome.chosen, seed=seed)
+        alone = tune(setting.backbone, {"a": start}, both.train, test=test, config=config)
+        assert alone.accuracy("a") == accuracy
+    assert outcome.mean == statistics.fmean(outcome.accuracies)
+    record = json.loads(json.dumps(outcome.record(), allow_nan=False))
+    assert record["num_parameters"] == 2 * 16
+    assert (record["epochs"], record["images"], record["diverged"]) == (4, 36, [False] * 3)
+
+
+def test_chunks_and_checkpoints_change_nothing(problem, tmp_path):
+    expected = _without_seconds(select_and_retrain(METHODS["VPT"], *problem, grid=GRID, config=CONFIG))
+    options = {"grid": GRID, "config": CONFIG, "runs_at_once": 4, "folder": tmp_path / "new"}
+
+    class Stop(Exception):
+        pass
+
+    def stop(stage, done, total):
+        if stage == "VPT, final" and done == 9:
+            raise Stop
+
+    with pytest.raises(Stop):
+        select_and_retrain(METHODS["VPT"], *problem, progress=stop, **options)
+    assert len(list((tmp_path / "new").iterdir())) == 3
+    assert _without_seconds(select_and_retrain(METHODS["VPT"], *problem, **options)) == expected
+
+
+def _without_seconds(outcome):
+    return {key: value for key, value in outcome.record().items() if key != "seconds"}
+
+
+def test_a_rate_that_diverges_loses(problem):
+    grid = Grid((1e6, 1e-3), (1e3,))  # rate times decay: 1e9, and 1
+    outcome = select_and_retrain(METHODS["VPT"], *problem, grid=grid, config=dataclasses.replace(CONFIG, epochs=12))
+    assert outcome.grid[0]["accuracy"] == 0
+    assert (outcome.chosen.lr, outcome.chosen.weight_decay) == (1e-3, 1e3)
+    with pytest.raises(DataError, match="diverges at every point"):
+        select_and_retrain(
+            METHODS["VPT"], *problem, grid=Grid((1e6,), (1e3,)), config=dataclasses.replace(CONFIG, epochs=12)
+        )
+
+
+def test_methods_may_change_their_configs(problem):
+    setting, val200, both, test = problem
+    pool = PromptPool({f"p{i}": random_prompt(setting.backbone, 2, seed=i) for i in range(2)})
+    settings = (dataclasses.replace(s, pool=pool) for s in (setting, both))
+    first, second = settings
+    longer = select_and_retrain(
+        CONTROLS["random, equal compute"], first, val200, second, test, grid=Grid((1.0,), (0.0,)), config=CONFIG,
+        seeds=(1,),
+    )  # fmt: skip
+    assert longer.epochs == CONFIG.epochs + longer.report["extra epochs"]
+    assert longer.record()["std"] is None
+
+
+def test_ties_go_to_the_smaller_rate():
+    def point(accuracy, lr, decay):
+        return {"accuracy": accuracy, "lr": lr, "weight_decay": decay}
+
+    assert choose([point(0.5, 1, 0), point(0.5, 0.1, 0.1), point(0.5, 0.1, 0.01), point(0.4, 0.01, 0)]) == 2
+
+
+def test_grids_are_vpts():
+    full = GRIDS["full"]
+    assert len(full["prompt"].configs(CONFIG, "prompt")) == 40
+    assert {c.optimizer for c in full["fine-tune"].configs(CONFIG, "fine-tune")} == {"adamw"}
+    assert all(set(short.rates) <= set(full[kind].rates) for kind, short in GRIDS["quick"].items())
+
+
+def test_refuses_bad_options(problem):
+    for options, message in (
+        ({"grid": "huge"}, "grid must be"), ({"seeds": ()}, "at least one seed"), ({"runs_at_once": 0}, "runs_at_once"),
+        ({"grid": Grid((), (0.0,))}, "one rate"),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match=message):
+            select_and_retrain(METHODS["VPT"], *problem, **options)
