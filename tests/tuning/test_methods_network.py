@@ -138,6 +138,22 @@ class TestEveryMethod:
         chosen = torch.stack([row[order] for row, order in zip(shared, orders, strict=True)])
         torch.testing.assert_close(each, chosen, **CLOSE)
 
+    def test_each_run_learns_from_its_own_inputs_and_labels(self, method, setting):
+        """Runs with batches of their own against runs that see one batch each, alone."""
+        learner = moved(method.prepare(setting, CONFIGS).learner)
+        inputs = learner.prepare(setting.train.images)
+        chosen = torch.tensor([[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [2, 11, 0, 7, 5]])
+        learner.backward(inputs[chosen], setting.train.labels[chosen], 3)
+        ours = [{name: value.grad.clone() for name, value in own.items()} for own in learner.parameters]
+        for run, gradients in enumerate(ours):
+            for value in learner.parameters[run].values():
+                value.grad = None
+            learner.backward(inputs[chosen[run]], setting.train.labels[chosen[run]], 3)
+            for name, gradient in gradients.items():
+                again = learner.parameters[run][name].grad
+                # As above: a few roundings of the largest element.
+                assert (again - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-7, name
+
     def test_runs_do_not_meet(self, method, setting):
         """A run is the same alone as beside others; the first and the third, of one seed, are the same."""
         together, alone = method.prepare(setting, CONFIGS).learner, method.prepare(setting, CONFIGS[1:2]).learner
