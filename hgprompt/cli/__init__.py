@@ -1,4 +1,4 @@
-"""The command line: hgprompt demo, train-source, ensemble, tune, inspect, reproduce."""
+"""The command line: hgprompt demo, train-source, select, ensemble, tune, inspect, reproduce."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hgprompt.cli.demo import demo
 from hgprompt.cli.ensemble import ensemble
 from hgprompt.cli.inspect import inspect
 from hgprompt.cli.reproduce import reproduce
+from hgprompt.cli.select import select
 from hgprompt.cli.tune import train_source, tune
 
 app = typer.Typer(
@@ -46,6 +47,7 @@ def _common(
 
 app.command()(demo)
 app.command("train-source")(train_source)
+app.command()(select)
 app.command()(ensemble)
 app.command()(tune)
 app.command()(inspect)

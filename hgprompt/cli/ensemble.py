@@ -53,11 +53,7 @@ def ensemble(
     Reads the images once. Writes the mixed prompt, the weights and their reasons into the output folder; 'tune' starts
     from it.
     """
-    import torch
-
     from hgprompt.cli import show
-    from hgprompt.data import ImageDataset
-    from hgprompt.data.folders import available_cores
     from hgprompt.ensemble import fast_ensemble
     from hgprompt.files import output_directory
     from hgprompt.pool import PromptPool
@@ -70,20 +66,9 @@ def ensemble(
         images = options.load_images(data, split, vit, limit=limit, quiet=quiet or as_json)
         if not (quiet or as_json):
             show.print_memory(len(prompts), vit.width, len(images), images.num_classes, vit.dtype.itemsize)
-        loader: Any
-        if isinstance(images, ImageDataset):
-            from torch.utils.data import DataLoader
-
-            order = torch.Generator().manual_seed(seed)
-            shuffle = tolerance is not None
-            loader = DataLoader(images, batch_size, shuffle=shuffle, generator=order, num_workers=available_cores())
-        else:
-            if tolerance is not None:
-                images = images.subset(torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)))
-            loader = images.batches(batch_size)
         result = fast_ensemble(
             prompts,
-            loader,
+            options.batches(images, batch_size, seed=None if tolerance is None else seed),
             backbone=vit,
             lam=lam,
             shrinkage=_shrinkage(shrinkage),

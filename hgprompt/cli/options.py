@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -230,6 +230,23 @@ def load_images(
             limit=limit,
             report=lambda done, total: report("decoding", done, total),
         )
+
+
+def batches(images: LabelledImages | ImageDataset, batch_size: int, *, seed: int | None) -> Iterable[Any]:
+    """A loader of the images; with a seed, in an order drawn by it."""
+    import torch
+
+    from hgprompt.data import LabelledImages
+    from hgprompt.data.folders import available_cores
+
+    if isinstance(images, LabelledImages):
+        if seed is not None:
+            images = images.subset(torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)))
+        return images.batches(batch_size)
+    order = torch.Generator().manual_seed(seed or 0)
+    return torch.utils.data.DataLoader(
+        images, batch_size, shuffle=seed is not None, generator=order, num_workers=available_cores()
+    )
 
 
 def _render(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from hgprompt.pool import PromptPool
     from hgprompt.result import EnsembleResult
+    from hgprompt.selection import Selection
     from hgprompt.tuning import Comparison, TuneResult
 
 
@@ -89,6 +90,33 @@ def print_ensemble(result: EnsembleResult, title: str) -> None:
         f"on these, H of mixed features {result.sample_h_score:.3f}, of the mixed prompt "
         f"{result.sample_h_score_mixed_prompt:.3f}"
     )
+
+
+def selection_numbers(selection: Selection) -> dict[str, Any]:
+    """The numbers of a selection, JSON-able."""
+    keys = ("h_score", "objective", "pairs", "share", "rounds", "regret")
+    weights = dict(zip(selection.names, selection.weights.tolist(), strict=True))
+    return {"weights": weights} | {key: getattr(selection, key) for key in keys}
+
+
+def print_selection(selection: Selection, title: str, pool_size: int) -> None:
+    """The prompts selected, and what it took to find them."""
+    from rich.markup import escape
+
+    console, table = _table(f"{title}: {len(selection.names)} of {pool_size} prompts")
+    table.add_column("prompt")
+    table.add_column("weight by H", justify="right")
+    table.add_column("")
+    for name, weight in zip(selection.names, selection.weights.tolist(), strict=True):
+        table.add_row(escape(name), f"{weight:.3f}", "█" * round(24 * weight))
+    console.print(table)
+    rounds = ", ".join(f"{prompts} from image {images + 1}" for images, prompts in selection.rounds)
+    console.print(
+        f"H of their mixture {selection.h_score:.3f}; {selection.pairs} images × prompts went through the network, "
+        f"{100 * selection.share:.1f} % of all; prompts: {rounds}"
+    )
+    if selection.regret == selection.regret:
+        console.print(f"regret against the choice from all prompts and images: {100 * selection.regret:.2f} %")
 
 
 def _how_it_stopped(result: EnsembleResult) -> str:

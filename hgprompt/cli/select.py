@@ -1,0 +1,69 @@
+"""hgprompt select"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hgprompt.cli import options
+
+
+def select(
+    pool: Annotated[Path, typer.Argument(help="A large prompt pool, a .safetensors file.")],
+    data: options.Data,
+    size: Annotated[int, typer.Option("--size", "-m", help="Prompts to select.", min=1)],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Where to write their pool.", rich_help_panel=options.OUTPUT_PANEL)
+    ] = Path("selected.safetensors"),
+    method: Annotated[
+        str,
+        typer.Option(
+            help="halving (poor prompts see few images), greedy (every prompt sees all), or ranking (by H alone)."
+        ),
+    ] = "halving",
+    full_evaluation: Annotated[
+        bool, typer.Option("--full-evaluation", help="Show every prompt every image all the same, and say the regret.")
+    ] = False,
+    backbone: options.Backbone = None,
+    weights: options.Weights = None,
+    image_size: options.ImageSize = None,
+    split: options.Split = "train800val200",
+    limit: options.Limit = None,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1)] = 16,
+    dtype: options.Dtype = "float32",
+    device: options.Device = None,
+    seed: Annotated[int, typer.Option(help="Of the order of the images.", min=0, max=2**63 - 1)] = 0,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Choose the prompts of a large pool that are worth mixing for a new labelled task.
+
+    Reads the images once, shuffled. Writes a pool of the prompts selected, most wanted first, for 'ensemble'.
+    """
+    from hgprompt.cli import show
+    from hgprompt.files import check_writable
+    from hgprompt.pool import PromptPool
+    from hgprompt.selection import select_prompts
+
+    prompts = PromptPool.load(pool)
+    check_writable(out.parent)
+    vit = options.load_backbone(prompts.backbone, backbone, weights, device, dtype, image_size)
+    images = options.load_images(data, split, vit, limit=limit, quiet=quiet or as_json)
+    found = select_prompts(
+        prompts,
+        options.batches(images, batch_size, seed=seed),
+        size=size,
+        backbone=vit,
+        method=method,  # type: ignore[arg-type]
+        num_images=len(images),
+        full_evaluation=full_evaluation,
+        progress=not (quiet or as_json),
+    )
+    found.pool.save(out)
+    if as_json:
+        show.print_json(show.selection_numbers(found) | {"files": [out]})
+        return
+    show.print_selection(found, options.task_name(data), len(prompts))
+    show.print_files([out])
