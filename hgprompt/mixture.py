@@ -85,7 +85,7 @@ class FeatureMixture:
         """Σ [h, h] of the uniform mixture, and Σ_n ‖f_n‖⁴ []."""
         m = len(self.means)
         f = self._mix(torch.full((m,), 1 / m, dtype=torch.float64))
-        return _square(f) / self.n, f.square().sum(1).square().sum()
+        return square(f) / self.n, f.square().sum(1).square().sum()
 
     def discriminants(self, weights: Tensor, a: float) -> tuple[float, Tensor]:
         """H_a(α), and Z [h, C]."""
@@ -148,7 +148,7 @@ class FeatureMixture:
             return mean, r * (counts / n[:, None]).sqrt()[..., None]  # nothing where a class has no image left
 
         mean, r = without(f)
-        whole, discriminants, by_itself = _square(f), [], []
+        whole, discriminants, by_itself = square(f), [], []
         known = (counts > 0).sum(1) >= 2
         for k in range(folds):
             left_out = f[fold_of == k]
@@ -197,7 +197,7 @@ class FeatureMixture:
             correction = f.T @ torch.cholesky_solve(f @ r.T, torch.linalg.cholesky(inner))
             z = (r.T - (1 - a) * correction) / (a * sigma)
         else:
-            z = solve_regularized((1 - a) / n * _square(f), a * sigma, r.T, n)
+            z = solve_regularized((1 - a) / n * square(f), a * sigma, r.T, n)
         return f, (1 - a) * float((r.T * z).sum()), z
 
 
@@ -335,11 +335,12 @@ def tells_apart(moments: Moments, weights: Tensor, dtype: torch.dtype) -> bool:
     return not mixture.is_constant(weights, along @ mixture.traces @ along)
 
 
-def _square(f: Tensor) -> Tensor:
-    """fᵀf [h, h]. Three quarters of the product are enough: the rest is symmetric."""
+def square(f: Tensor) -> Tensor:
+    """fᵀf [h, h] of f [N, h]. It is symmetric, so little more than half of the product is computed: the left half of the
+    columns, the right half, and between them one block that stands on both sides."""
     half = f.shape[1] // 2
-    if half < 128:
+    if half < 96:
         return f.T @ f
     left, right = f[:, :half], f[:, half:]
     off = left.T @ right
-    return torch.cat([torch.cat([left.T @ left, off], dim=1), torch.cat([off.T, right.T @ right], dim=1)])
+    return torch.cat([torch.cat([square(left), off], dim=1), torch.cat([off.T, square(right)], dim=1)])

@@ -330,9 +330,9 @@ class WeightProblem:
         until the gap there, which is then the whole objective's own, is small enough."""
         leaders, leader_of = _distinct([m.weights for m in minima])
         points = [minima[k].weights for k in leaders]
-        reached: dict[int, Minimum] = {}
+        reached: list[Minimum | None] = [None] * len(points)
         for rounds in range(1, _ROUNDS + 1):
-            unfinished = [k for k in range(len(points)) if k not in reached]
+            unfinished = [k for k in range(len(points)) if reached[k] is None]
             for at in range(0, len(unfinished), reduced.points_at_once):
                 some = unfinished[at : at + reduced.points_at_once]
                 reduced.show(*(score.on_all(points[k]) for k in some))
@@ -345,7 +345,12 @@ class WeightProblem:
                         reached[k] = here
                     else:
                         points[k] = further.weights
-        return [reached[k] for k in leader_of]
+            # What the basis kept apart may have come together with every direction that was added.
+            first, group_of = _distinct(points)
+            leader_of = [group_of[k] for k in leader_of]
+            points, reached = [points[k] for k in first], [reached[k] for k in first]
+        found = [m for m in reached if m is not None]
+        return [found[k] for k in leader_of]
 
     def _minimize(
         self, function: Function, start: Vector, solver: Solver = "quasi-newton", learning_rate: float = 0.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hgprompt.mixture import FeatureMixture, MomentMixture, mixed_noise, solve_regularized
+from hgprompt.mixture import FeatureMixture, MomentMixture, mixed_noise, solve_regularized, square
 from hgprompt.moments import mixed
 
 
@@ -114,7 +114,8 @@ def _products(new: Tensor, everything: Tensor, known: int) -> Tensor:
     """Σ_n f_i[r] f_j[c] + f_j[r] f_i[c] for the pairs i ≤ j, the new directions r and all c ≤ r: rows to append to a
     packed lower triangle. new: [M, N, k - known], the last directions of everything [M, N, k]."""
     m, n, k = everything.shape
-    sums = new.transpose(1, 2).reshape(-1, n) @ everything.transpose(0, 1).reshape(n, -1)
+    columns = everything.transpose(0, 1).reshape(n, -1)
+    sums = square(columns) if not known else new.transpose(1, 2).reshape(-1, n) @ columns
     sums = sums.view(m, k - known, m, k)
     rows, columns = torch.tril_indices(k - known, k, known, device=new.device)
     first, second = torch.triu_indices(m, m, device=new.device)

@@ -29,7 +29,7 @@ SMALLEST_WIDTH = 128
 """Below, the whole H-score is cheap enough."""
 _LARGEST_BASIS = 384
 _BLOCK_BYTES = 1 << 30
-_EVALUATIONS = 150  # of the whole H-score that a basis saves, about
+_SET_UP = 30  # evaluations of the whole H-score that setting a basis up may cost; it saves well over a hundred
 
 
 class ReducedHScore:
@@ -59,11 +59,12 @@ class ReducedHScore:
         m, c, h = score.mixture.r.shape
         pairs = m * (m + 1) // 2
         fits = int((2 * _BLOCK_BYTES / 8 / pairs) ** 0.5)  # pairs · k²/2 numbers
-        capacity = min(h // 2, _LARGEST_BASIS, fits)
-        n, k = score.mixture.n, min(capacity // 2, (m + 1) * (c - 1))
-        once = 2 * n * (m * k) ** 2  # operations: to set the basis up, and to evaluate the whole H-score
-        each = 6 * n * m * h + 2 * n * h * min(n, h)
-        worth = h >= SMALLEST_WIDTH and score.intensity > 0 and 2 * c <= capacity and once < _EVALUATIONS * each
+        n = score.mixture.n
+        each = 6 * n * m * h + 2 * n * h * min(n, h)  # operations of one evaluation
+        affordable = int((_SET_UP * each / (2 * n)) ** 0.5 / m)  # directions k to start with: 2 n (m k)² operations
+        capacity = min(h // 2, _LARGEST_BASIS, fits, 2 * affordable)
+        confined = (m * capacity // 2) ** 2  # operations in a basis that is half full; they wait for memory
+        worth = h >= SMALLEST_WIDTH and score.intensity > 0 and 2 * c <= capacity and 10 * confined < each
         return capacity if worth else 0
 
     @property
