@@ -336,8 +336,8 @@ def tells_apart(moments: Moments, weights: Tensor, dtype: torch.dtype) -> bool:
 
 
 def square(f: Tensor) -> Tensor:
-    """fᵀf [h, h] of f [N, h]. It is symmetric, so little more than half of the product is computed: the left half of the
-    columns, the right half, and between them one block that stands on both sides."""
+    """fᵀf [h, h] of f [N, h]. It is symmetric, so little more than half of the product is computed: the left half of
+    the columns, the right half, and between them one block that stands on both sides."""
     half = f.shape[1] // 2
     if half < 96:
         return f.T @ f
