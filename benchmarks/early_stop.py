@@ -59,29 +59,38 @@ def others(directory: Path, task: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def repetition(features: torch.Tensor, labels: torch.Tensor, lam: float, seed: int) -> list[dict]:
-    """What every look of one shuffled stream saw: images, the stated error, α, α without each fold, seconds."""
+    """What every look of one shuffled stream saw: images, α, α without each fold, seconds."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     statistics, looks = EnsembleStatistics(folds=FOLDS), []
-    rule = StopRule(1e-12, FOLDS)  # never reached: the stream is read to its end
+    rule = StopRule(1e-12, FOLDS)  # only to say when to look: the stream is read to its end
     for chosen in order.split(BATCH):
         statistics.update(features[:, chosen], labels[chosen])
         if not rule.due(labels[chosen]) or not 2 <= len(statistics.classes) < statistics.num_images:
             continue
         start = time.perf_counter()
         weights, without_fold = answer(statistics, lam)
-        rule.look(weights, without_fold)
         seconds = time.perf_counter() - start
         looks.append(
-            {"images": rule.num_images, "stated": rule.error, "weights": weights.tolist(),
-             "without_fold": without_fold.tolist(), "seconds": seconds}
+            {"images": rule.num_images, "weights": weights.tolist(), "without_fold": without_fold.tolist(),
+             "seconds": seconds}
         )  # fmt: skip
     return looks
+
+
+def stated(looks: list[dict]) -> list[dict]:
+    """The looks with the error that the rule states at each."""
+    rule, rows = StopRule(1e-12, FOLDS), []
+    for look in looks:
+        rule.num_images = look["images"]
+        rule.look(*(torch.tensor(look[key], dtype=torch.float64) for key in ("weights", "without_fold")))
+        rows.append({**look, "stated": rule.error})
+    return rows
 
 
 def distances(looks: list[dict], full: torch.Tensor, total: int) -> list[dict]:
     """Looks with their distance to α of all images, as it is and for the images that both share."""
     rows = []
-    for look in looks:
+    for look in stated(looks):
         found = float((torch.tensor(look["weights"], dtype=torch.float64) - full).abs().sum())
         shared = (1 - look["images"] / total) ** 0.5
         rows.append({**look, "distance": found, "corrected": min(found / shared, 2.0) if shared else 0.0})
@@ -124,8 +133,8 @@ def summary(runs: list[dict], total: dict[str, int], full: dict[str, dict[str, t
         lines.append(
             {"lam": lam, "looks": len(every), "coverage": coverage(every, "distance"),
              "coverage_corrected": coverage(every, "corrected"),
-             "median_stated": median(r["stated"] for r in every),
-             "median_corrected": median(r["corrected"] for r in every), "stops": stops}
+             "median_stated": median(r["stated"] for r in every) if every else None,
+             "median_corrected": median(r["corrected"] for r in every) if every else None, "stops": stops}
         )  # fmt: skip
     return lines
 

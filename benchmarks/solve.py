@@ -151,7 +151,7 @@ def run(arguments: argparse.Namespace) -> dict:
             row = {**case, "left_out": f"took longer than {arguments.cap:.0f} s"}
         record["rows"].append(row)
         record["exponents"] = {
-            letter: {q: exponent(record["rows"], letter, q) for q in ("seconds", "jackknife_seconds", "extra_MB")}
+            letter: {q: exponent(record["rows"], letter, q) for q in ("seconds", "jackknife_seconds", "kept_MB")}
             for letter in RANGES
         }
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
@@ -176,9 +176,17 @@ def plot(record: dict, path: Path) -> None:
         for row, quantities in enumerate((lines, memory)):
             axis = axes[row][column]
             for key, (label, colour, marker) in quantities.items():
-                slope = exponent(record["rows"], letter, key)
+                # What solving takes beside is memory that the pass has freed, in part: no law to be read from it.
+                slope = None if key == "extra_MB" else exponent(record["rows"], letter, key)
                 power = "" if slope is None else f"  ~ {letter}$^{{{slope:.1f}}}$"
-                axis.loglog(x, [r[key] for r in rows], marker=marker, color=colour, label=label + power, markersize=4)
+                axis.loglog(
+                    x,
+                    [r[key] or math.nan for r in rows],
+                    marker=marker,
+                    color=colour,
+                    label=label + power,
+                    markersize=4,
+                )
             axis.axvline(CENTRE[letter], color="#bbbbbb", linewidth=0.8, linestyle=":")
             axis.grid(alpha=0.25, which="major")
             axis.legend(frameon=False, fontsize=8, loc="upper left")

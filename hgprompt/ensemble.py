@@ -88,8 +88,8 @@ def fast_ensemble(
         preset: "paper" is Algorithm 1 to the letter: Eq. 5 unshrunk, H not divided by C-1, projected gradient from
             uniform with a fixed step (the paper gives none: 0.005, 1000 steps), gradients of all images.
         normalize, solver, starts, max_steps, learning_rate: as for `optimize_weights`.
-        tolerance: stop reading as soon as ‖α - α_∞‖₁ is at most this with 90 % confidence (`hgprompt.stopping`; 0.1 is
-            a useful start); the loader must be shuffled. None: read all images.
+        tolerance: stop reading as soon as a bound on ‖α - α_∞‖₁ falls to this (`hgprompt.stopping`; 0.1 is a useful
+            start); the loader must be shuffled. None: read all images.
         gap_tolerance: Frank–Wolfe gap at which the solver stops.
         keep: what is kept of the features: "features", "moments", or "auto": whichever is smaller; `hgprompt.footprint`
             says beforehand what either takes.

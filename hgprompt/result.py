@@ -37,8 +37,9 @@ class EnsembleResult:
         uniform_h_score: H at uniform weights: how much there was to gain.
         gradient_cosines: ⟨ĝ_i, ĝ_j⟩ [M, M]; NaN without gradients.
         weight_std: jackknife standard error of α [M]; NaN with fewer than two folds.
-        weight_error: bound on ‖α - α_∞‖₁ with 90 % confidence, α_∞ being that of endlessly many such images; NaN with
-            fewer than two folds. With a tolerance it is at least what α has moved by since half the images.
+        weight_error: bound on ‖α - α_∞‖₁, α_∞ being that of endlessly many such images: the jackknife's 90 % quantile,
+            which does not see a minimum that would take over with more images; NaN with fewer than two folds. Where a
+            tolerance stopped the pass, the bound of `hgprompt.stopping`, which is wider.
         stop_reason: "end of data", or "tolerance reached": weight_error fell to the tolerance that was asked for.
         n_images, n_classes: what the pass saw. n_gradient_images: of these, how many the gradients come from.
         sample_h_score, sample_h_score_mixed_prompt: on the gradient images alone, H of the mixed features and of the

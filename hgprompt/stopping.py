@@ -18,14 +18,17 @@ FIRST = 64
 """Images before the first look at α."""
 GROWTH = 1.5
 """How many times as many images the next look has: looks cost solves, and a stop comes too late by half of this."""
+LOOKS, FACTOR = 3, 2.0
+"""A look alone is often too sure of itself: the largest of the last three bounds counts, twice (docs/choices.md)."""
 
 
 class StopRule:
     """Stops where a bound on ‖α - α_∞‖₁ falls to the tolerance.
 
-    The bound is the larger of two: what the sampling of the images leaves open (`weight_error`), and how far α has
+    A look finds the larger of two: what the sampling of the images leaves open (`weight_error`), and how far α has
     moved since half the images. The second sees what no resampling does, the drift of α as the shrinkage of the
-    covariance fades: a drift of b/N moves α from N/2 to N by as much as is still to come.
+    covariance fades: a drift of b/N moves α from N/2 to N by as much as is still to come. Neither sees a minimum that
+    takes over later, and a stop picks the looks that are too sure: the bound is twice the largest of three looks.
 
     It asks for a shuffled stream: as long as the labels of the first and of the second half are not of one mixture, it
     lets the stream run on, with a warning.
@@ -48,6 +51,7 @@ class StopRule:
         self._next = max(FIRST, 4 * folds)
         self._labels: list[Tensor] = []
         self._looks: list[tuple[int, Tensor]] = []
+        self._found: list[float] = []
         self._warned = False
 
     def due(self, labels: Tensor) -> bool:
@@ -71,8 +75,12 @@ class StopRule:
 
     def look(self, weights: Tensor, weights_without_fold: Tensor) -> bool:
         """Note α [M], and α with each fold left out [K, M], of all images so far. Is it known well enough?"""
-        self._looks = [(n, w) for n, w in self._looks if n < self.num_images] + [(self.num_images, weights)]
-        self.error = max(weight_error(weights_without_fold), self._moved(weights))
+        if self._looks and self._looks[-1][0] == self.num_images:  # another look at the same images
+            self._looks.pop()
+            self._found.pop()
+        self._looks.append((self.num_images, weights))
+        self._found.append(max(weight_error(weights_without_fold), self._moved(weights)))
+        self.error = FACTOR * max(self._found[-LOOKS:]) if len(self._found) >= LOOKS else math.inf
         logger.info("%d images: α is known to %.3f (L1)", self.num_images, self.error)
         return self.error <= self.tolerance
 

@@ -26,34 +26,48 @@ def test_looks_come_after_growing_numbers_of_images():
     assert all(GROWTH * a <= b <= GROWTH * a + 10 for a, b in itertools.pairwise(looks))
 
 
-def test_one_look_is_never_enough():
+def _look(rule, images, *weights):
+    rule.due(torch.arange(images) % 3)
+    return rule.look(*_sure(*weights))
+
+
+def test_it_takes_three_looks_that_agree_over_twice_as_many_images():
     rule = StopRule(0.1, folds=8)
-    rule.due(torch.arange(100) % 3)
-    assert not rule.look(*_sure(0.5, 0.5))
+    assert not _look(rule, 100, 0.5, 0.5)
     assert rule.error == float("inf")
-    rule.due(torch.arange(99) % 3)  # 199: not yet twice as many
-    assert not rule.look(*_sure(0.5, 0.5))
-    rule.due(torch.arange(1) % 3)
-    assert rule.look(*_sure(0.5, 0.5))
+    assert not _look(rule, 99, 0.5, 0.5)  # 199: nothing to compare with, at half of them
+    assert not _look(rule, 1, 0.5, 0.5)
+    assert not _look(rule, 200, 0.5, 0.5)  # the look at 199 is still among the last three
+    assert _look(rule, 400, 0.5, 0.5)
     assert rule.error == 0
 
 
-def test_weights_that_still_move_are_not_known():
+def test_the_bound_is_twice_the_largest_of_the_last_three():
     rule = StopRule(0.1, folds=8)
-    for weights, stop in (((0.5, 0.5), False), ((0.7, 0.3), False), ((0.72, 0.28), True)):
-        rule.due(torch.arange(rule.num_images or 100) % 3)
-        assert rule.look(*_sure(*weights)) == stop
-    assert rule.error == pytest.approx(0.04)
+    moves = (0.5, 0.7, 0.72, 0.73, 0.735)  # L1 distances 0.4, 0.04, 0.02, 0.01
+    stops = [_look(rule, rule.num_images or 100, w, 1 - w) for w in moves]
+    assert stops == [False, False, False, False, True]
+    assert rule.error == pytest.approx(2 * 0.04)
+
+
+def test_another_look_at_the_same_images_takes_the_place_of_the_first():
+    rule = StopRule(0.1, folds=8)
+    for images in (100, 100, 200, 400):
+        _look(rule, images, 0.5, 0.5)
+    assert rule.error == 0
+    assert not _look(rule, 0, 0.9, 0.1)
+    assert rule.error == pytest.approx(2 * 0.8)
+    assert _look(rule, 0, 0.5, 0.5)
 
 
 def test_folds_that_disagree_are_not_known():
     rule = StopRule(0.1, folds=2)
-    rule.due(torch.arange(100) % 3)
-    rule.look(*_sure(0.5, 0.5))
-    rule.due(torch.arange(100) % 3)
+    for images in (100, 100, 200):
+        _look(rule, images, 0.5, 0.5)
+    rule.due(torch.arange(400) % 3)
     w = torch.tensor([[0.4, 0.6], [0.6, 0.4]], dtype=torch.float64)
     assert not rule.look(w.mean(0), w)
-    assert 0.1 < rule.error < 4
+    assert 0.2 < rule.error < 8
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])

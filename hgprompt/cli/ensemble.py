@@ -31,7 +31,7 @@ def ensemble(
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help="Stop reading images when the weights are known to this L1 distance (0.1, say) with 90 % confidence; "
+            help="Stop reading images when the weights are known to this L1 distance (0.1, say); "
             "the images are shuffled then. Default: read all."
         ),
     ] = None,

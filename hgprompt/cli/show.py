@@ -122,7 +122,7 @@ def print_selection(selection: Selection, title: str, pool_size: int) -> None:
 def _how_it_stopped(result: EnsembleResult) -> str:
     if result.stop_reason == "end of data":
         return ""
-    return f", enough to know the weights to {result.weight_error:.3f} (L1, 90 % confidence)"
+    return f", enough to know the weights to {result.weight_error:.3f} (L1)"
 
 
 def print_pool(pool: PromptPool, title: str = "") -> None:
