@@ -65,11 +65,11 @@ def greedy_selection(
 ) -> Ranking:
     """The prompts that minimise -H/(C-1) + λ L_align together, by greedy forward selection.
 
-    Two sets are tried, and the better one taken: each step adds the prompt along which the objective falls most steeply
-    and minimises over all taken so far (a fully corrective Frank–Wolfe method; Jaggi 2013); and the largest weights of
-    the joint minimum over all. Of a large pool, only the prompts that are best alone or most wanted by the uniform
-    mixture are candidates, and whatever the minimum found would still gain from. Prompts without weight follow, in turn
-    those that are best alone and those that the minimum wants most.
+    Three sets are tried, and the best one taken: each step adds the prompt along which the objective falls most steeply
+    and minimises over all taken so far (a fully corrective Frank–Wolfe method; Jaggi 2013); the largest weights of the
+    joint minimum over all; and the prompts that are best alone. Of a large pool, only the prompts that are best alone or
+    most wanted by the uniform mixture are candidates, and whatever the minimum found would still gain from. Prompts
+    without weight follow, in turn those that are best alone and those that the minimum wants most.
 
     Args:
         statistics: of κ prompts. size: prompts to take, at most κ.
@@ -97,11 +97,15 @@ def greedy_selection(
             tolerance=tolerance,
         )
         joint = problem.solve(lam).weights
-        pools = problem.forward(lam, size), joint.argsort(descending=True, stable=True)[:size].tolist()
+        pools = (
+            problem.forward(lam, size),
+            joint.argsort(descending=True, stable=True)[:size].tolist(),
+            alone[candidates].argsort()[::-1][:size].tolist(),
+        )
         solutions = [problem.solve_within(pool, lam, warm=[joint]) for pool in pools]
-        best = int(solutions[1].diagnostics.objective < solutions[0].diagnostics.objective)
+        best = min(solutions, key=lambda s: s.diagnostics.objective)
         weights = np.zeros(count)
-        weights[candidates] = solutions[best].weights.numpy()
+        weights[candidates] = best.weights.numpy()
         value, slopes = objective(weights)
         gains = [i for i in slopes.argsort(kind="stable").tolist() if slopes[i] < weights @ slopes - tolerance]
         new = [i for i in gains if i not in candidates][:size]
@@ -111,7 +115,7 @@ def greedy_selection(
     wanted = slopes.argsort(kind="stable").tolist()
     order = [i for i in (-weights).argsort(kind="stable").tolist() if weights[i] > 0]
     order += [i for i in _in_turn(best_alone, wanted) if weights[i] == 0]
-    h = solutions[best].diagnostics.h_score
+    h = best.diagnostics.h_score
     return Ranking(torch.tensor(order), torch.from_numpy(weights[order[:size]]), value, h, score.intensity)
 
 
@@ -133,19 +137,29 @@ def mixture_of(
 
 
 class SuccessiveHalving:
-    """Rounds of greedy selection; after each, only the most wanted 1/factor of the prompts see more images.
+    """Rounds of greedy selection; after each, only the more wanted half of the prompts see more images.
 
-    With R = ⌊log(κ/size)/log(factor)⌋ rounds of elimination, the first comes after N/factor^R images, and every later
-    one after `factor` times as many; the survivors have seen every image. In all, a share of about
-    (1 + R (1 - 1/factor)) / factor^R of all images × prompts goes through the network.
+    With R = ⌊log₂(κ/size)⌋ eliminations, every one comes after twice as many images as the one before, and the last
+    survivors see all N. When the first comes follows from the budget:
+
+        budget · κ = m_R + Σ_r t_r (m_r - m_{r+1}),   t_r = t_0 2^r,   m_r prompts in round r from 0 to R,
+
+    where t_r is the share of the images that was seen; an elimination with t_r ≥ 1 is left out. Eliminations are at the
+    end of the last batch that is in time, so that the budget is kept if no batch is larger than the first round.
 
     Args:
         num_prompts: κ. size: prompts that are wanted in the end. num_images: N of the stream.
-        factor: above 1. shrinkage: as for `hgprompt.h_score`. smallest: images before the first elimination, at least.
+        budget: share of all images × prompts to spend, at most, above m_R/κ. None: a quarter; or (1 + R/2)/2^R, what
+            rounds of equal cost take (t_0 = 2^-R), where that is more, as in pools less than 16 times as large as
+            the selection.
+        shrinkage: as for `hgprompt.h_score`. smallest: images before the first elimination, at least.
 
     Attributes:
         survivors: indices of the prompts that take part [m]. statistics: theirs, of all images so far.
         pairs: images × prompts spent. rounds: (images, prompts) at the beginning of every round.
+
+    Raises:
+        OptionError: a size beyond the pool, a budget that cannot be kept.
     """
 
     def __init__(
@@ -154,33 +168,34 @@ class SuccessiveHalving:
         size: int,
         num_images: int,
         *,
-        factor: float = 2.0,
+        budget: float | None = None,
         shrinkage: Shrinkage = "auto",
         smallest: int = 32,
     ) -> None:
         _check_size(size, num_prompts)
         check_shrinkage(shrinkage)
-        if not factor > 1:
-            raise OptionError(f"factor must be above 1, got {factor}")
         if num_images < 1:
             raise OptionError(f"num_images must be at least 1, got {num_images}")
-        self.size, self.factor, self.shrinkage = size, factor, shrinkage
+        self.size, self.shrinkage = size, shrinkage
         self.survivors = torch.arange(num_prompts)
         self.statistics = EnsembleStatistics(keep="features")
         self.pairs = 0
         self.rounds = [(0, num_prompts)]
-        count = math.floor(math.log(num_prompts / size) / math.log(factor) + 1e-9)
         # (images seen, prompts that go on)
-        steps = [(num_images / factor ** (count - r), round(num_prompts / factor ** (r + 1))) for r in range(count)]
-        self._eliminations = [(math.ceil(n), max(m, size)) for n, m in steps if n >= smallest]
+        self._eliminations = [
+            (share * num_images, left)
+            for share, left in _schedule(num_prompts, size, budget)
+            if share * num_images >= smallest
+        ]
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Take in a batch: features [m, B, h] of the survivors, labels [B]; eliminate where a round is over."""
         self.statistics.update(features, labels)
         self.pairs += features.shape[0] * features.shape[1]
-        while self._eliminations and self.statistics.num_images >= self._eliminations[0][0]:
+        next_look = self.statistics.num_images + len(labels)
+        while self._eliminations and next_look > self._eliminations[0][0] + 1e-6:
             _, left = self._eliminations.pop(0)
-            if not self._eliminations or self.statistics.num_images < self._eliminations[0][0]:
+            if not self._eliminations or next_look <= self._eliminations[0][0] + 1e-6:
                 self._eliminate(left)
 
     def finish(self) -> Ranking:
@@ -247,7 +262,7 @@ def select_prompts(
     backbone: nn.Module | str | None = None,
     method: Method = "halving",
     num_images: int | None = None,
-    factor: float = 2.0,
+    budget: float | None = None,
     shrinkage: Shrinkage = "auto",
     full_evaluation: bool = False,
     device: torch.device | str | None = None,
@@ -265,7 +280,7 @@ def select_prompts(
         method: "halving" (`SuccessiveHalving`), "greedy" (`greedy_selection`) or "ranking" (`ranking_by_h_score`); the
             latter two show every prompt every image.
         num_images: N of the loader; None: what len(loader) and the first batch say. Needed for "halving".
-        factor: of "halving". shrinkage: as for `hgprompt.h_score`.
+        budget: of "halving", as for `SuccessiveHalving`. shrinkage: as for `hgprompt.h_score`.
         full_evaluation: show every prompt every image all the same, to report the regret; `pairs` and `share` stay what
             the method needs.
 
@@ -284,7 +299,7 @@ def select_prompts(
         for position, (images, labels) in enumerate(read(loader, vit), start=1):
             if method == "halving" and halving is None:
                 count = num_images if num_images is not None else _expected(total, len(images))
-                halving = SuccessiveHalving(len(pool), size, count, factor=factor, shrinkage=shrinkage)
+                halving = SuccessiveHalving(len(pool), size, count, budget=budget, shrinkage=shrinkage)
             survivors = torch.arange(len(pool)) if halving is None else halving.survivors
             seen = torch.arange(len(pool)) if full_evaluation else survivors
             features = encode(vit, stack[seen.to(vit.device)], images, micro_batch=micro_batch, impl=impl)
@@ -334,6 +349,27 @@ def regret_of(statistics: EnsembleStatistics, chosen: Sequence[int], best: Ranki
     """
     found = mixture_of(statistics, chosen, intensity=best.intensity).diagnostics
     return (found.objective - best.objective) / abs(best.objective)
+
+
+def _schedule(count: int, size: int, budget: float | None) -> list[tuple[float, int]]:
+    """(share of the images seen, prompts that go on) at each elimination, see `SuccessiveHalving`."""
+    if budget is not None and not 0 < budget <= 1:
+        raise OptionError(f"budget must be above 0 and at most 1, a share of images × prompts, got {budget}")
+    rounds = math.floor(math.log2(count / size) + 1e-9)
+    if not rounds:
+        if budget is not None and budget < 1:
+            raise OptionError(f"{size} of {count} prompts leave nothing to halve: budget must be 1, or left out")
+        return []
+    left = [max(round(count / 2**r), size) for r in range(rounds + 1)]
+    if budget is None:
+        budget = max(0.25, (1 + rounds / 2) / 2**rounds)
+    if budget * count <= left[-1]:
+        raise OptionError(
+            f"a budget of {budget} is used up by the last {left[-1]} of {count} prompts, which see every image: "
+            f"it must be above {left[-1] / count:.3g}"
+        )
+    first = (budget * count - left[-1]) / sum(2**r * (left[r] - left[r + 1]) for r in range(rounds))
+    return [(first * 2**r, left[r + 1]) for r in range(rounds) if first * 2**r < 1]
 
 
 def _in_turn(*orders: Sequence[int]) -> list[int]:

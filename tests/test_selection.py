@@ -85,17 +85,48 @@ def test_halving_spends_what_it_says_and_finds_the_good(seed):
     features, labels = _pool(seed)
     halving = _halve(features, labels)
     found = halving.finish()
+    # Rounds of equal cost: the share (1 + R/2)/2^R that the docstring states, here above a quarter.
     assert halving.rounds == [(0, 32), (50, 16), (100, 8), (200, 4)]
-    assert halving.pairs == 32 * 50 + 16 * 50 + 8 * 100 + 4 * 200
-    assert halving.pairs / (32 * 400) == pytest.approx((1 + 3 / 2) / 2**3)  # the share that the docstring states
+    assert halving.pairs == 32 * 50 + 16 * 50 + 8 * 100 + 4 * 200 == (1 + 3 / 2) / 2**3 * 32 * 400
     assert len({0, 1, 2, 3} & set(found.order.tolist())) >= 3  # a weak one may lose its place to what dampens noise
     everything = statistics_of(features, labels)
     assert regret_of(everything, found.order.tolist(), greedy_selection(everything, 4)) < 0.01
 
 
+@pytest.mark.parametrize(("count", "size", "budget"), [(256, 13, 0.25), (256, 13, 0.2), (100, 7, 0.4), (32, 4, 0.5)])
+@pytest.mark.parametrize("batch", [1, 20, 48])
+def test_a_budget_is_kept_and_used(count, size, budget, batch, monkeypatch):
+    monkeypatch.setattr(SuccessiveHalving, "_eliminate", _first_go_on)
+    halving = SuccessiveHalving(count, size, 1000, budget=budget)
+    for start in range(0, 1000, batch):
+        labels = torch.zeros(min(batch, 1000 - start), dtype=torch.int64)
+        halving.update(torch.zeros(len(halving.survivors), len(labels), 1), labels)
+    assert halving.pairs <= budget * count * 1000 + 1e-6
+    # Every elimination comes less than a batch too early (and it is of whole images).
+    early = sum(a - b for (_, a), (_, b) in itertools.pairwise(halving.rounds)) * batch
+    assert halving.pairs > budget * count * 1000 - early - 1e-6
+    assert halving.rounds[-1][1] >= size
+
+
+def _first_go_on(halving, left):
+    halving.survivors = halving.survivors[:left]
+    halving.statistics = halving.statistics.select(range(left))
+    halving.rounds.append((halving.statistics.num_images, left))
+
+
+def test_the_default_budget_is_a_quarter_of_a_large_pool(monkeypatch):
+    monkeypatch.setattr(SuccessiveHalving, "_eliminate", _first_go_on)
+    halving = SuccessiveHalving(64, 4, 960)
+    for label in range(960):
+        halving.update(torch.zeros(len(halving.survivors), 1, 1), torch.tensor([label % 2]))
+    # R = 4: 64 · t (32 + 2 · 16 + 4 · 8 + 8 · 4) + 4 = 16 of 64 prompts, hence t = 3/32 of the 960 images.
+    assert halving.rounds == [(0, 64), (90, 32), (180, 16), (360, 8), (720, 4)]
+    assert halving.pairs == 64 * 960 / 4
+
+
 def test_survivors_have_seen_every_image():
     features, labels = _pool()
-    halving = SuccessiveHalving(32, 4, 400, factor=4)
+    halving = SuccessiveHalving(32, 4, 400)
     for start in range(0, 400, 25):
         batch = slice(start, start + 25)
         halving.update(features[halving.survivors, batch], labels[batch])
@@ -156,7 +187,7 @@ def test_select_prompts_end_to_end(method):
 
 def test_bad_options():
     model, prompts = literal.tiny_vit(), torch.randn(4, 2, 16)
-    for options in ({"size": 0}, {"size": 5}, {"size": 2, "method": "magic"}, {"size": 2, "factor": 1.0}):
+    for options in ({"size": 0}, {"size": 5}, {"size": 2, "method": "magic"}, {"size": 2, "budget": 0.2}):
         with pytest.raises(OptionError):
             select_prompts(prompts, [(torch.zeros(2, 3, 16, 16), torch.arange(2))], backbone=model, **options)
     with pytest.raises(OptionError, match="num_images"):
