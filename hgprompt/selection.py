@@ -67,8 +67,8 @@ def greedy_selection(
 
     Three sets are tried, and the best one taken: each step adds the prompt along which the objective falls most steeply
     and minimises over all taken so far (a fully corrective Frank–Wolfe method; Jaggi 2013); the largest weights of the
-    joint minimum over all; and the prompts that are best alone. Of a large pool, only the prompts that are best alone or
-    most wanted by the uniform mixture are candidates, and whatever the minimum found would still gain from. Prompts
+    joint minimum over all; and the prompts that are best alone. Of a large pool, only the prompts that are best alone
+    or most wanted by the uniform mixture are candidates, and whatever the minimum found would still gain from. Prompts
     without weight follow, in turn those that are best alone and those that the minimum wants most.
 
     Args:
