@@ -27,6 +27,7 @@ from statistics import mean, median
 import torch
 from suite_features import load_features
 
+from hgprompt import stopping
 from hgprompt.optimize import WeightProblem
 from hgprompt.statistics import EnsembleStatistics
 from hgprompt.stopping import StopRule
@@ -139,6 +140,16 @@ def summary(runs: list[dict], total: dict[str, int], full: dict[str, dict[str, t
     return lines
 
 
+def single_look(runs: list[dict], total: dict[str, int], full: dict[str, dict[str, torch.Tensor]]) -> list[dict]:
+    """The summary of a rule that believes one look, for comparison."""
+    was = stopping.LOOKS, stopping.FACTOR
+    stopping.LOOKS, stopping.FACTOR = 1, 1.0
+    try:
+        return summary(runs, total, full)
+    finally:
+        stopping.LOOKS, stopping.FACTOR = was
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("features", type=Path)
@@ -161,6 +172,7 @@ def main() -> None:
                 runs.append({"lam": lam, "task": task, "seed": seed, "looks": repetition(features, labels, lam, seed)})
                 with arguments.runs.open("a") as file:
                     file.write(json.dumps(runs[-1]) + "\n")
+    alone = single_look(runs, total, full)
     lines = summary(runs, total, full)
     for line in lines:
         print(json.dumps(line, indent=1))
@@ -171,6 +183,7 @@ def main() -> None:
                         for task in TASKS for lam in LAMS},
             "full_weights": {task: {lam: w.tolist() for lam, w in by.items()} for task, by in full.items()},
             "summary": lines,
+            "single_look": alone,
             "looks": [
                 {**{k: run[k] for k in ("lam", "task", "seed")}, "images": r["images"],
                  **{k: round(r[k], 4) if math.isfinite(r[k]) else None for k in ("stated", "distance", "corrected")}}
