@@ -23,6 +23,7 @@ from hgprompt.paper.weights import WEIGHING, cosines_cell, weights_cell
 
 Records = Mapping[str, Mapping[str, Any]]
 HGPROMPT, UNIFORM = "HGPrompt", "uniform"
+_FEW = 7  # rows that dots beside one another can still be told apart in
 LAMBDAS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -105,7 +106,7 @@ def _write_table2(lab: Lab, request: Request, records: Records) -> list[Path]:
 def _write_accuracies(
     lab: Lab, name: str, title: str, table: Table, request: Request, remarks: Sequence[str]
 ) -> list[Path]:
-    from hgprompt.paper.figures import plot_bars
+    from hgprompt.paper.figures import plot_dots, plot_scores
 
     below = "Test accuracy in %. Bold: best of a column, underlined: second best."
     if len(lab.plan.seeds) > 1:
@@ -113,7 +114,8 @@ def _write_accuracies(
     files = _write_text(lab, name, title, table.markdown(), table.csv(), [below, *remarks], request)
     rows = {n: [None if e is None else (e.mean, e.std or 0.0) for e in entries] for n, entries in table.rows.items()}
     if any(e is not None for entries in rows.values() for e in entries):
-        plot_bars(table.columns, rows, title, lab.out / f"{name}.png")
+        draw = plot_dots if len(rows) <= _FEW else plot_scores
+        draw(table.columns, rows, title, lab.out / f"{name}.png")
         files.append(lab.out / f"{name}.png")
     return files
 
@@ -330,7 +332,7 @@ def _write_text(
     conditions = [
         f"backbone {vit.name} at {vit.image_size[0]} pixels, weights {vit.fingerprint[:12]}",
         f"{plan.tokens} {kind} prompt tokens",
-        f"{plan.epochs} epochs on targets, {plan.source_epochs} on sources",
+        f"epochs: {plan.epochs} on targets, {plan.source_epochs} on sources",
         f"seeds {', '.join(map(str, plan.seeds))}",
         f"{plan.grid} grid",
         "all test images" if plan.test_limit is None else f"at most {plan.test_limit} test images of a task",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hgprompt.plots import _LINES, BLUE, GREY, _figure, _plain, _save, _shortened
+from hgprompt.plots import _LINES, GREY, _figure, _plain, _save, _shortened
 
 Matrix = NDArray[np.float64]
 
@@ -139,10 +139,10 @@ def plot_lambda(curves: Mapping[str, Mapping[float, Sequence[float]]], path: str
     _save(figure, Path(path))
 
 
-def plot_bars(
+def plot_dots(
     columns: Sequence[str], rows: Mapping[str, Sequence[tuple[float, float] | None]], title: str, path: str | Path
 ) -> None:
-    """A table as a picture: the row's mean (and deviation) in each column, as dots on a line per row.
+    """A table of few rows: each mean as a dot, with its deviation.
 
     Args:
         columns: names. rows: {name: (mean, std) in percent of each column}; None where something is not finished.
@@ -152,17 +152,14 @@ def plot_bars(
     """
     figure = _figure(max(6.5, 0.85 * len(columns) + 3), 4.6)
     axis = figure.subplots()
-    count = len(rows)
     for k, (name, entries) in enumerate(rows.items()):
-        colour, _, marker = (
-            _LINES[k % len(_LINES)] if count <= len(_LINES) else (_shade(k, count), "", "osD^vPX"[k % 7])
-        )
-        places = [c for c, e in enumerate(entries) if e is not None]
-        shift = (k - (count - 1) / 2) * min(0.11, 0.8 / count)
+        colour, _, marker = _LINES[k % len(_LINES)]
+        shift = (k - (len(rows) - 1) / 2) * min(0.11, 0.8 / len(rows))
+        known = [(c + shift, *e) for c, e in enumerate(entries) if e is not None]
+        places, means, deviations = zip(*known, strict=True) if known else ((), (), ())
         axis.errorbar(
-            [c + shift for c in places], [e[0] for e in entries if e is not None],
-            yerr=[e[1] for e in entries if e is not None], fmt=marker, color=colour, markersize=5.5, elinewidth=1,
-            capsize=2, label=_shortened(name),
+            places, means, yerr=deviations, fmt=marker, color=colour, markersize=5.5, elinewidth=1, capsize=2,
+            label=_shortened(name),
         )  # fmt: skip
     for c in range(1, len(columns)):
         axis.axvline(c - 0.5, color="0.93", linewidth=1, zorder=0)
@@ -174,23 +171,46 @@ def plot_bars(
     _save(figure, Path(path))
 
 
-def _shade(k: int, count: int) -> Any:
-    from matplotlib import colormaps
+def plot_scores(
+    columns: Sequence[str], rows: Mapping[str, Sequence[tuple[float, float] | None]], title: str, path: str | Path
+) -> None:
+    """A table of many rows: each mean as a number, its shade saying how far it is from the best of its column.
 
-    return BLUE if k == count - 1 else colormaps["turbo"](0.08 + 0.84 * k / max(1, count - 1))
+    Args and errors: as for `plot_dots`.
+    """
+    means = np.array([[np.nan if e is None else e[0] for e in entries] for entries in rows.values()])
+    known = [column[np.isfinite(column)] for column in means.T]
+    behind = means - np.array([column.max() if len(column) else np.nan for column in known])
+    figure = _figure(0.62 * len(columns) + 3.2, 0.33 * len(rows) + 1.9)
+    axis = figure.subplots()
+    picture = axis.imshow(behind, cmap="Blues", vmin=-20, vmax=0, aspect="auto")
+    for (i, j), value in np.ndenumerate(means):
+        if np.isfinite(value):
+            best, ink = behind[i, j] == 0, "white" if behind[i, j] > -9 else "0.15"
+            weight = "bold" if best else "normal"
+            axis.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color=ink, fontweight=weight)
+    _names(axis, list(rows), columns, longest=24)
+    axis.set_title(title)
+    figure.colorbar(picture, ax=axis, shrink=0.8, extend="min", label="points behind the best of the column")
+    _save(figure, Path(path))
 
 
 def _cells(
     axis: Any, matrix: Matrix, rows: Sequence[str], columns: Sequence[str], *, threshold: float, digits: bool
 ) -> None:
     """Names beside a heat map, and its numbers within."""
-    axis.set_xticks(range(len(columns)), [_shortened(n, 16) for n in columns], rotation=50, ha="right", fontsize=9)
-    axis.set_yticks(range(len(rows)), [_shortened(n, 16) for n in rows], fontsize=9)
-    axis.spines[:].set_visible(False)
+    _names(axis, rows, columns, longest=16)
     if not digits:
         return
     for (i, j), value in np.ndenumerate(matrix):
         if np.isfinite(value):
             ink = "white" if abs(value) > threshold else "0.15"
-            text = f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.0f}"
+            text = f"{value:.2f}" if abs(value) < 0.995 else f"{value:.0f}"
+            text = text.replace("0.", ".", 1).replace("-.00", ".00").replace("-", "−")
             axis.text(j, i, text, ha="center", va="center", fontsize=7.5, color=ink)
+
+
+def _names(axis: Any, rows: Sequence[str], columns: Sequence[str], *, longest: int) -> None:
+    axis.set_xticks(range(len(columns)), [_shortened(n, longest) for n in columns], rotation=50, ha="right", fontsize=9)
+    axis.set_yticks(range(len(rows)), [_shortened(n, longest) for n in rows], fontsize=9)
+    axis.spines[:].set_visible(False)

@@ -164,8 +164,9 @@ def test_figures_of_thirteen_tasks_and_gaps(tmp_path):
     points = {f"source {n}": rng.standard_normal((50, 2)) for n in names[:3]}
     figures.plot_embeddings(points, rng.integers(0, 12, 50), [str(i) for i in range(12)], {}, tmp_path / "e.png")
     rows = {n: [(50.0, 1.0), None, (20.0, 0.0)] for n in names}
-    figures.plot_bars(["x", "y", "z"], rows, "bars", tmp_path / "b.png")
-    assert all(_is_picture(tmp_path / f"{n}.png") for n in "wmeb")
+    figures.plot_scores(["x", "y", "z"], rows, "many rows", tmp_path / "s.png")
+    figures.plot_dots(["x", "y", "z"], dict(list(rows.items())[:4]) | {"none": [None] * 3}, "few", tmp_path / "d.png")
+    assert all(_is_picture(tmp_path / f"{n}.png") for n in "wmesd")
 
 
 def test_neighbours_by_hand():
