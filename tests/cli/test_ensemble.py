@@ -119,7 +119,12 @@ def test_help():
 def test_ctrl_c_leaves_nothing_behind(place):
     command = [sys.executable, "-m", "hgprompt.cli", *ENSEMBLE, "-o", "interrupted", "--batch-size", "1"]
     process = subprocess.Popen(
-        command, cwd=place, env=_env(os.environ | {"OMP_NUM_THREADS": "1"}), stderr=subprocess.PIPE
+        command,
+        cwd=place,
+        env=_env(os.environ | {"OMP_NUM_THREADS": "1"}),
+        stderr=subprocess.PIPE,
+        # Tests started in a shell's background ignore the signal, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not (place / "interrupted").is_dir() and time.monotonic() < deadline:
