@@ -67,9 +67,9 @@ def greedy_selection(
 
     Three sets are tried, and the best one taken: each step adds the prompt along which the objective falls most steeply
     and minimises over all taken so far (a fully corrective Frank–Wolfe method; Jaggi 2013); the largest weights of the
-    joint minimum over all; and the prompts that are best alone. Of a large pool, only those that are best alone or most
-    wanted by the uniform mixture are candidates, and whatever the minimum found would still gain from. Prompts without
-    weight follow, in turn those that are best alone and those that the minimum wants most.
+    joint minimum over all; and the prompts that are best alone. Of a large pool, only the prompts that are best alone
+    or most wanted by the uniform mixture are candidates, and whatever the minimum found would still gain from. Prompts
+    without weight follow, in turn those that are best alone and those that the minimum wants most.
 
     Args:
         statistics: of κ prompts. size: prompts to take, at most κ.
@@ -88,30 +88,24 @@ def greedy_selection(
     best_alone = (-alone).argsort(kind="stable").tolist()
     slopes = objective(np.full(count, 1 / count))[1]
     candidates = _in_turn(best_alone, slopes.argsort(kind="stable").tolist())[: max(4 * size, _CANDIDATES)]
-
-    def problem_of(prompts: list[int]) -> WeightProblem:
-        return WeightProblem(
-            statistics.select(prompts),
-            None if gram is None else gram[prompts][:, prompts],
+    while True:
+        problem = WeightProblem(
+            statistics.select(candidates),
+            None if gram is None else gram[candidates][:, candidates],
             shrinkage=score.intensity,
             starts=starts,
             tolerance=tolerance,
         )
-
-    while True:
-        problem = problem_of(candidates)
         joint = problem.solve(lam).weights
-        places = (
+        pools = (
             problem.forward(lam, size),
             joint.argsort(descending=True, stable=True)[:size].tolist(),
-            (-alone[candidates]).argsort(kind="stable")[:size].tolist(),
+            alone[candidates].argsort()[::-1][:size].tolist(),
         )
-        # Each in a reduced basis of its own: that of all candidates has too few directions to tell such sets apart.
-        pools = [[candidates[i] for i in place] for place in places]
-        solutions = [problem_of(pool).solve(lam) for pool in pools]
-        best = min(range(len(pools)), key=lambda k: solutions[k].diagnostics.objective)
+        solutions = [problem.solve_within(pool, lam, warm=[joint]) for pool in pools]
+        best = min(solutions, key=lambda s: s.diagnostics.objective)
         weights = np.zeros(count)
-        weights[pools[best]] = solutions[best].weights.numpy()
+        weights[candidates] = best.weights.numpy()
         value, slopes = objective(weights)
         gains = [i for i in slopes.argsort(kind="stable").tolist() if slopes[i] < weights @ slopes - tolerance]
         new = [i for i in gains if i not in candidates][:size]
@@ -121,7 +115,7 @@ def greedy_selection(
     wanted = slopes.argsort(kind="stable").tolist()
     order = [i for i in (-weights).argsort(kind="stable").tolist() if weights[i] > 0]
     order += [i for i in _in_turn(best_alone, wanted) if weights[i] == 0]
-    h = solutions[best].diagnostics.h_score
+    h = best.diagnostics.h_score
     return Ranking(torch.tensor(order), torch.from_numpy(weights[order[:size]]), value, h, score.intensity)
 
 
