@@ -134,8 +134,11 @@ def test_fig5(reproduce, out):
     assert _is_picture(out / "fig5.png")
 
 
-@pytest.mark.skipif(HAS_TSNE, reason="scikit-learn is here")
-def test_fig5_says_at_once_what_it_lacks(reproduce):
+def test_fig5_says_at_once_what_it_lacks(reproduce, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "sklearn" else find(name, *more)
+    )
     assert "pip install 'hgprompt[paper]'" in reproduce("fig5", "--tasks", "owls", code=1)
 
 
