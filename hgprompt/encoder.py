@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from hgprompt import network, operations
 from hgprompt.backbone import FrozenViT
 from hgprompt.errors import BackboneError, DataError, OptionError, PromptError
+from hgprompt.memory import free_gpu_bytes
 from hgprompt.operations import Impl, Operations
 
 # Tokens in one micro-batch. On a CPU, the GEMMs are at their full rate long before, and activations of this size
@@ -190,7 +191,7 @@ def resolve_micro_batch(backbone: FrozenViT, prompts: Tensor, micro_batch: int |
     if micro_batch is None:
         at_once = _TOKENS_PER_MICRO_BATCH.get(backbone.device.type, 2048)
         if backbone.device.type == "cuda":
-            free = _SHARE_OF_FREE_MEMORY * _free_memory(backbone.device)
+            free = _SHARE_OF_FREE_MEMORY * free_gpu_bytes(backbone.device)
             at_once = min(at_once, int(free / bytes_per_token(backbone, backward=backward)))
         return max(1, at_once // (backbone.num_image_tokens + prompts.shape[-2]))
     if micro_batch < 1:
@@ -205,12 +206,6 @@ def bytes_per_token(backbone: FrozenViT, *, backward: bool) -> int:
     width, inner, size = backbone.width, block.fc1_weight.shape[0], backbone.dtype.itemsize
     alive = 2 * 4 * width + size * (6 * width + 2 * inner)
     return alive + (backbone.depth * size * (6 * width + inner) if backward else 0)
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that the driver has, and those that PyTorch holds and does not use."""
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def _micro_batches(num_prompts: int, num_images: int, size: int) -> Iterator[tuple[slice, list[slice]]]:

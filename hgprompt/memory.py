@@ -54,12 +54,17 @@ def footprint(
 def available_bytes(device: torch.device) -> int | None:
     """Share of a device's memory that statistics may take now; None where the system does not say."""
     if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(_SHARE * (torch.cuda.mem_get_info(device)[0] + held))
+        return int(_SHARE * free_gpu_bytes(device))
     if device.type != "cpu":
         return None
     free = [number for number in (_memory_of_the_system(), _memory_of_the_container()) if number is not None]
     return int(_SHARE * min(free)) if free else None
+
+
+def free_gpu_bytes(device: torch.device) -> int:
+    """Bytes that the driver has, and those that PyTorch holds and does not use."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def in_words(number: int) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999",
 )  # fmt: skip
-_LINES = (
+LINES = (
     (GREY, ":", "o"), (ORANGE, "-.", "s"), (GREEN, "--", "^"), (BLUE, "-", "D"),
     (VERMILION, "-", "v"), (PURPLE, "--", "P"), (SKY, "-.", "X"),
 )  # fmt: skip
@@ -37,11 +37,11 @@ def plot_ensemble(result: EnsembleResult, path: str | Path) -> None:
         OutputError: the file cannot be written.
     """
     order = result.weights.argsort(descending=True).tolist()
-    names = [_shortened(result.names[i]) for i in order]
+    names = [shortened(result.names[i]) for i in order]
     m = len(names)
     has_gradients = bool(result.gradient_cosines.isfinite().all())
     side = max(3.4, 0.34 * m + 1.8)
-    figure = _figure((8.8 + side + 0.8) if has_gradients else 8.8, side)
+    figure = new_figure((8.8 + side + 0.8) if has_gradients else 8.8, side)
     axes = figure.subplots(1, 3 if has_gradients else 2, width_ratios=[4, 4, side] if has_gradients else [1, 1])
     errors = result.weight_std[order].nan_to_num().numpy()
     _draw_weights(axes[0], names, result.weights[order].numpy(), errors, "± jackknife standard error")
@@ -60,7 +60,7 @@ def plot_ensemble(result: EnsembleResult, path: str | Path) -> None:
     _prompt_rows(axes[1], names)
     if has_gradients:
         _draw_cosines(figure, axes[2], names, result.gradient_cosines[order][:, order].numpy())
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def plot_comparison(comparison: Comparison, title: str, path: str | Path) -> None:
@@ -72,9 +72,9 @@ def plot_comparison(comparison: Comparison, title: str, path: str | Path) -> Non
     weights = np.stack([e.weights.numpy() for e in comparison.ensembles])
     cosines = np.mean([e.gradient_cosines.numpy() for e in comparison.ensembles], axis=0)
     order = np.argsort(-weights.mean(0), kind="stable")
-    names = [_shortened(comparison.ensembles[0].names[i]) for i in order]
+    names = [shortened(comparison.ensembles[0].names[i]) for i in order]
     has_gradients = bool(np.isfinite(cosines).all())
-    figure = _figure(15 if has_gradients else 10.5, max(4.4, 0.34 * len(names) + 2))
+    figure = new_figure(15 if has_gradients else 10.5, max(4.4, 0.34 * len(names) + 2))
     ratios = [1, 1.15, 1.5] if has_gradients else [1, 1.5]
     axes = figure.subplots(1, len(ratios), width_ratios=ratios)
     seeds = len(comparison.seeds)
@@ -85,7 +85,7 @@ def plot_comparison(comparison: Comparison, title: str, path: str | Path) -> Non
     chance = 100 / comparison.num_classes
     _draw_curves(axes[-1], comparison.starts, comparison.curve_epochs, comparison.curves.numpy(), chance)
     figure.suptitle(title, fontsize=13)
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def plot_tuning(result: TuneResult, path: str | Path) -> None:
@@ -94,26 +94,26 @@ def plot_tuning(result: TuneResult, path: str | Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    figure = _figure(9.5, 3.8)
+    figure = new_figure(9.5, 3.8)
     loss, accuracy = figure.subplots(1, 2)
     epochs = [record["epoch"] for record in result.history]
     for k, name in enumerate(result.names):
-        colour, dash, marker = _LINES[(k + 3) % len(_LINES)]
+        colour, dash, marker = LINES[(k + 3) % len(LINES)]
         style = {"color": colour, "marker": marker, "markersize": 4, "markevery": max(1, len(epochs) // 12)}
         loss.plot(epochs, [r["loss"][k] for r in result.history], linestyle=dash, **style)
         train = [100 * r["train_accuracy"][k] for r in result.history]
-        accuracy.plot(epochs, train, linestyle=":", color=colour, label=f"{_shortened(name)}, training")
+        accuracy.plot(epochs, train, linestyle=":", color=colour, label=f"{shortened(name)}, training")
         tested = [(r["epoch"], 100 * r["test_accuracy"][k]) for r in result.history if "test_accuracy" in r]
         if tested:
-            accuracy.plot(*zip(*tested, strict=True), linestyle=dash, label=f"{_shortened(name)}, test", **style)
+            accuracy.plot(*zip(*tested, strict=True), linestyle=dash, label=f"{shortened(name)}, test", **style)
     for axis in (loss, accuracy):
         axis.xaxis.get_major_locator().set_params(integer=True)
     loss.set(title="Cross-entropy on training images", xlabel="epoch", ylim=(0, None))
-    accuracy.set(title=f"Accuracy on {_shortened(result.task)}", xlabel="epoch", ylabel="%")
+    accuracy.set(title=f"Accuracy on {shortened(result.task)}", xlabel="epoch", ylabel="%")
     accuracy.legend(frameon=False, fontsize=9)
     for axis in (loss, accuracy):
-        _plain(axis)
-    _save(figure, Path(path))
+        plain(axis)
+    save_figure(figure, Path(path))
 
 
 def _draw_curves(axis: Any, starts: Sequence[str], epochs: Sequence[int], curves: np.ndarray, chance: float) -> None:
@@ -121,7 +121,7 @@ def _draw_curves(axis: Any, starts: Sequence[str], epochs: Sequence[int], curves
     axis.axhline(chance, color="0.6", linewidth=1, linestyle=(0, (1, 3)))
     axis.annotate("by chance", (epochs[0], chance), color="0.4", fontsize=9, va="bottom")
     for k, name in enumerate(starts):
-        colour, dash, marker = _LINES[k % len(_LINES)]
+        colour, dash, marker = LINES[k % len(LINES)]
         mean = 100 * curves[:, :, k].mean(1)
         low, high = 100 * curves[:, :, k].min(1), 100 * curves[:, :, k].max(1)
         axis.fill_between(epochs, low, high, color=colour, alpha=0.13, linewidth=0)
@@ -137,7 +137,7 @@ def _draw_curves(axis: Any, starts: Sequence[str], epochs: Sequence[int], curves
     )
     axis.set_xticks([epochs[i] for i in np.unique(np.linspace(0, len(epochs) - 1, 10).astype(int))])
     axis.legend(frameon=False, loc="lower right", fontsize=10)
-    _plain(axis)
+    plain(axis)
 
 
 def _draw_weights(axis: Any, names: Sequence[str], weights: np.ndarray, errors: np.ndarray, spread: str) -> None:
@@ -171,18 +171,18 @@ def _prompt_rows(axis: Any, names: Sequence[str]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _plain(axis: Any) -> None:
+def plain(axis: Any) -> None:
     axis.grid(axis="y", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     drawn = io.BytesIO()
     try:
         figure.savefig(drawn, dpi=150, format=path.suffix.removeprefix(".") or "png")
@@ -191,5 +191,5 @@ def _save(figure: Any, path: Path) -> None:
     write_bytes(path, drawn.getvalue())
 
 
-def _shortened(name: str, length: int = 24) -> str:
+def shortened(name: str, length: int = 24) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"

@@ -129,13 +129,14 @@ class EnsembleStatistics:
             raise StatisticsError(f"features are of (M, h) = {shape}, earlier batches were of {self._shape}")
         self._finite.check(features, self._num_images)
         batch = features.shape[1]
-        classes = self._classes.union(labels.unique().tolist())
-        chosen = self._representation(self._num_images + batch, len(classes))
+        new = set(labels.unique().tolist()) - self._classes
+        num_classes = len(self._classes) + len(new)
+        chosen = self._representation(self._num_images + batch, num_classes)
         if self._num_images == 0:
-            logger.info("%s", self._plan(batch, len(classes)))
+            logger.info("%s", self._plan(batch, num_classes))
         fold_of = (torch.arange(self._num_images, self._num_images + batch) % self.folds).to(torch.int32)
         self._num_images += batch
-        self._classes = classes
+        self._classes |= new
         if self._moments is None:
             self._features.append(features.detach().clone())
             self._labels.append(labels)

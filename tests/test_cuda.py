@@ -92,7 +92,8 @@ def test_features_that_are_not_finite_are_found(batch):
 @pytest.mark.parametrize("keep", ["features", "moments"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_statistics_and_solve_agree_with_the_cpu(dtype, keep):
-    """Sums over 60 images of numbers near 1: products are float64 or three-fold TF32 (1e-6) there, float64 here."""
+    """Products are float64 or three-fold TF32 (1e-6) there, float64 here: sums within 1e-4. α, of the whole and without
+    each fold, is known to the root of the solver's gap of 1e-6 where the objective is flat: within 1e-3."""
     g = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 3
     features = torch.randn(4, 60, 160, generator=g) + torch.randn(4, 3, 160, generator=g)[:, labels]
@@ -116,8 +117,8 @@ def test_statistics_and_solve_agree_with_the_cpu(dtype, keep):
                 problem.jackknife(solution, None, 0.0),
             ]
         )
-    for here, there in zip(*found, strict=True):
-        torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=1e-4)
+    for here, there, tolerance in zip(*found, [1e-4] * 4 + [1e-3] * 2, strict=True):
+        torch.testing.assert_close(there.cpu(), here, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hgprompt.plots import _LINES, GREY, _figure, _plain, _save, _shortened
+from hgprompt.plots import GREY, LINES, new_figure, plain, save_figure, shortened
 
 Matrix = NDArray[np.float64]
 
@@ -23,13 +23,13 @@ def plot_matrix(
         OutputError: the file cannot be written.
     """
     size = max(4.4, 0.42 * len(names) + 1.9)
-    figure = _figure(size + 1.0, size)
+    figure = new_figure(size + 1.0, size)
     axis = figure.subplots()
     picture = axis.imshow(matrix, cmap="PuOr", vmin=-1, vmax=1)
     _cells(axis, matrix, names, names, threshold=0.65, digits=len(names) <= 14)
     axis.set_title(title)
     figure.colorbar(picture, ax=axis, shrink=0.82, label=label)
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def plot_weights(
@@ -47,7 +47,7 @@ def plot_weights(
     columns = min(2, len(weights))
     rows = -(-len(weights) // columns)
     width, height = max(3.4, 0.36 * len(sources) + 1.6), max(2.6, 0.34 * len(targets) + 1.5)
-    figure = _figure(columns * width + 0.8, rows * height)
+    figure = new_figure(columns * width + 0.8, rows * height)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     picture = None
     for axis, (method, matrix) in zip(grid.flat, weights.items(), strict=False):
@@ -61,7 +61,7 @@ def plot_weights(
     for axis in grid[-1]:
         axis.set_xlabel("source prompt")
     figure.colorbar(picture, ax=grid, shrink=0.7, label="weight α")
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def plot_embeddings(
@@ -81,7 +81,7 @@ def plot_embeddings(
     classes = np.unique(labels)
     shades = colormaps["tab20"].colors if len(classes) > 10 else colormaps["tab10"].colors  # type: ignore[attr-defined]
     marks = "os^DvP*Xp<"
-    figure = _figure(3.5 * len(panels), 4.5)
+    figure = new_figure(3.5 * len(panels), 4.5)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for letter, axis, (title, points) in zip("ABCDEFGH", axes, panels.items(), strict=False):
         for k, c in enumerate(classes):
@@ -89,9 +89,9 @@ def plot_embeddings(
             mark = marks[k // len(shades) % len(marks)]
             axis.scatter(
                 of_class[:, 0], of_class[:, 1], s=9, color=shades[k % len(shades)], marker=mark, linewidths=0,
-                alpha=0.85, label=_shortened(class_names[c]),
+                alpha=0.85, label=shortened(class_names[c]),
             )  # fmt: skip
-        axis.set(xticks=[], yticks=[], title=f"{letter}. {_shortened(title, 34)}")
+        axis.set(xticks=[], yticks=[], title=f"{letter}. {shortened(title, 34)}")
         axis.set_xlabel(notes.get(title, ""), fontsize=9)
         axis.set_box_aspect(1)
     if len(classes) <= 30:
@@ -100,7 +100,7 @@ def plot_embeddings(
             handles, names, loc="outside lower center", ncols=min(10, -(-len(classes) // -(-len(classes) // 10))),
             frameon=False, fontsize=8.5, markerscale=2,
         )  # fmt: skip
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def plot_lambda(curves: Mapping[str, Mapping[float, Sequence[float]]], path: str | Path) -> None:
@@ -112,10 +112,10 @@ def plot_lambda(curves: Mapping[str, Mapping[float, Sequence[float]]], path: str
     Raises:
         OutputError: the file cannot be written.
     """
-    figure = _figure(6.6, 4.4)
+    figure = new_figure(6.6, 4.4)
     axis = figure.subplots()
     for k, (task, points) in enumerate(curves.items()):
-        colour, dash, marker = _LINES[(k + 3) % len(_LINES)]
+        colour, dash, marker = LINES[(k + 3) % len(LINES)]
         lams = sorted(points)
         values = [100 * np.asarray(points[lam]) for lam in lams]
         axis.fill_between(
@@ -123,7 +123,7 @@ def plot_lambda(curves: Mapping[str, Mapping[float, Sequence[float]]], path: str
         )
         axis.plot(
             lams, [v.mean() for v in values], color=colour, linestyle=dash, marker=marker, markersize=5,
-            label=_shortened(task),
+            label=shortened(task),
         )  # fmt: skip
     axis.set_xscale("log")
     ticks = sorted({lam for points in curves.values() for lam in points})
@@ -134,9 +134,9 @@ def plot_lambda(curves: Mapping[str, Mapping[float, Sequence[float]]], path: str
     seeds = max(len(accuracies) for points in curves.values() for accuracies in points.values())
     spread = f", mean and range of {seeds} seeds" if seeds > 1 else ""
     axis.set(xlabel="λ of Eq. 12", ylabel="test accuracy, %", title=f"Tuned from the mixture{spread}")
-    _plain(axis)
+    plain(axis)
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def plot_dots(
@@ -150,25 +150,25 @@ def plot_dots(
     Raises:
         OutputError: the file cannot be written.
     """
-    figure = _figure(max(6.5, 0.85 * len(columns) + 3), 4.6)
+    figure = new_figure(max(6.5, 0.85 * len(columns) + 3), 4.6)
     axis = figure.subplots()
     for k, (name, entries) in enumerate(rows.items()):
-        colour, _, marker = _LINES[k % len(_LINES)]
+        colour, _, marker = LINES[k % len(LINES)]
         shift = (k - (len(rows) - 1) / 2) * min(0.11, 0.8 / len(rows))
         known = [(c + shift, *e) for c, e in enumerate(entries) if e is not None]
         places, means, deviations = zip(*known, strict=True) if known else ((), (), ())
         axis.errorbar(
             places, means, yerr=deviations, fmt=marker, color=colour, markersize=5.5, elinewidth=1, capsize=2,
-            label=_shortened(name),
+            label=shortened(name),
         )  # fmt: skip
     for c in range(1, len(columns)):
         axis.axvline(c - 0.5, color="0.93", linewidth=1, zorder=0)
     upright = len(columns) > 8
     axis.set_xticks(range(len(columns)), columns, rotation=40 if upright else 0, ha="right" if upright else "center")
     axis.set(ylabel="test accuracy, %", title=title, xlim=(-0.6, len(columns) - 0.4))
-    _plain(axis)
+    plain(axis)
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def plot_scores(
@@ -181,7 +181,7 @@ def plot_scores(
     means = np.array([[np.nan if e is None else e[0] for e in entries] for entries in rows.values()])
     known = [column[np.isfinite(column)] for column in means.T]
     behind = means - np.array([column.max() if len(column) else np.nan for column in known])
-    figure = _figure(0.62 * len(columns) + 3.2, 0.33 * len(rows) + 1.9)
+    figure = new_figure(0.62 * len(columns) + 3.2, 0.33 * len(rows) + 1.9)
     axis = figure.subplots()
     picture = axis.imshow(behind, cmap="Blues", vmin=-20, vmax=0, aspect="auto")
     for (i, j), value in np.ndenumerate(means):
@@ -192,7 +192,7 @@ def plot_scores(
     _names(axis, list(rows), columns, longest=24)
     axis.set_title(title)
     figure.colorbar(picture, ax=axis, shrink=0.8, extend="min", label="points behind the best of the column")
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def _cells(
@@ -211,6 +211,6 @@ def _cells(
 
 
 def _names(axis: Any, rows: Sequence[str], columns: Sequence[str], *, longest: int) -> None:
-    axis.set_xticks(range(len(columns)), [_shortened(n, longest) for n in columns], rotation=50, ha="right", fontsize=9)
-    axis.set_yticks(range(len(rows)), [_shortened(n, longest) for n in rows], fontsize=9)
+    axis.set_xticks(range(len(columns)), [shortened(n, longest) for n in columns], rotation=50, ha="right", fontsize=9)
+    axis.set_yticks(range(len(rows)), [shortened(n, longest) for n in rows], fontsize=9)
     axis.spines[:].set_visible(False)
