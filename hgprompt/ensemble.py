@@ -10,6 +10,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from hgprompt import operations
 from hgprompt.backbone import FrozenViT
+from hgprompt.checkpoint import PassCheckpoint, identity_of
 from hgprompt.encoder import Impl, encode, pull_back
 from hgprompt.errors import DataError, HGPromptWarning, OptionError
 from hgprompt.inputs import Prompts, num_batches, read, resolve
@@ -61,6 +63,8 @@ def fast_ensemble(
     max_bytes: int | None = None,
     micro_batch: int | None = None,
     impl: Impl = "auto",
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: float = 300.0,
 ) -> EnsembleResult:
     """How much of each prompt to take for a new labelled task, in one pass over its images.
 
@@ -97,6 +101,10 @@ def fast_ensemble(
             statistics that would not fit are refused with the first batch.
         micro_batch: image–prompt pairs in the network at one time; memory grows with it, not with M or N.
         impl: engine of the network, as for `encode`.
+        checkpoint_dir: a folder for this pass alone, in which what was done is kept (docs/long-runs.md). The same call
+            after an interruption goes on from there, to the same bits; it reads the loader from the start again, which
+            must give the same batches. The file is gone when there is a result. Every rank keeps its own.
+        checkpoint_every: seconds between two checkpoints, at least; more where they would take over 5 % of the time.
 
     Returns:
         The weights, the mixed prompt, and why: see EnsembleResult.
@@ -104,7 +112,9 @@ def fast_ensemble(
     Raises:
         PromptError: prompts that do not fit together or the backbone, or that make features constant. DataError:
         images or labels that cannot be used, or a loader that failed (with its own exception as the cause).
-        BackboneError, OptionError: a backbone or an argument that cannot be used. Nothing is written anywhere.
+        BackboneError, OptionError: a backbone or an argument that cannot be used. FileFormatError, OptionError,
+        DataError: a checkpoint that is damaged, or of another pass or other data. Without checkpoint_dir nothing is
+        written anywhere.
     """
     if preset == "paper":
         shrinkage, normalize, starts, gradient_images = 0.0, False, 1, None
@@ -127,6 +137,21 @@ def fast_ensemble(
         statistics = EnsembleStatistics(folds=folds, keep=keep, max_bytes=max_bytes)
         gather = _Pass(vit, stack, names, statistics, shards=shards, micro_batch=micro_batch, impl=impl)
         sample = ImageSample(gradient_images if fitted else 0, folds, seed)
+        checkpoint: PassCheckpoint | None = None
+        if checkpoint_dir is not None:
+            counts: dict[str, Any] = {
+                "folds": folds, "keep": keep, "gradient_images": gradient_images, "seed": seed, "impl": impl,
+                "micro_batch": micro_batch, "tolerance": tolerance,
+            }  # fmt: skip
+            if rule is not None:  # where the stream ends hangs on the weights
+                counts |= {
+                    "lam": lam, "shrinkage": shrinkage, "normalize": normalize, "solver": solver, "starts": starts,
+                    "gap_tolerance": gap_tolerance, "max_steps": max_steps, "learning_rate": learning_rate,
+                }  # fmt: skip
+            checkpoint = PassCheckpoint(
+                checkpoint_dir, identity_of(names, stack, vit, head, counts), every=checkpoint_every,
+                rank=_rank(process_group), num_ranks=_num_ranks(process_group),
+            )  # fmt: skip
 
         def answer(*, pull_back: bool) -> _Answer:
             """α of all images so far. Gradients of a closed-form head are pulled back anew, or stay as they are."""
@@ -143,7 +168,7 @@ def fast_ensemble(
 
         stopped: _Answer | None = None
         loss = None if fitted else given_loss(head, len(stack))
-        for labels in gather.stream(loader, report, sample=sample, loss=loss):
+        for labels in gather.stream(loader, report, sample=sample, loss=loss, rule=rule, checkpoint=checkpoint):
             if rule is None or not rule.due(labels) or not _is_problem(gather.statistics):
                 continue
             now = answer(pull_back=gather.num_gradient_images == 0)
@@ -164,6 +189,8 @@ def fast_ensemble(
         sample_h, sample_h_mixed = math.nan, math.nan
         if process_group is None:  # each rank has a sample of its own, and all must return the same
             sample_h, sample_h_mixed = _mixing_gap(gather, sample, weights, mixed, found.intensity)
+        if checkpoint is not None:
+            checkpoint.remove()
 
     covariance = problem.source_covariance
     nan = torch.full((len(names), len(names)), math.nan, dtype=torch.float64)
@@ -237,6 +264,9 @@ class _Pass:
         self.statistics, self.folds, self.shards = statistics, statistics.folds, shards
         self.gradients: Tensor | None = None  # [folds, M, p, d], summed over the images of each fold
         self.num_gradient_images = 0
+        self.sample: ImageSample | None = None
+        self.rule: StopRule | None = None
+        self._whole = True  # all parts are of the same batches
 
     @property
     def gradient_bytes(self) -> int:
@@ -249,24 +279,60 @@ class _Pass:
         *,
         sample: ImageSample | None = None,
         loss: Callable[[Tensor, Tensor, slice], Tensor] | None = None,
+        rule: StopRule | None = None,
+        checkpoint: PassCheckpoint | None = None,
     ) -> Iterator[Tensor]:
         """Read the loader once, and yield the labels of each batch when it is done. With a loss, each batch goes
-        forward and backward at once."""
+        forward and backward at once. With a checkpoint, batches that it knows are passed over, and what is done is kept
+        when it is time, when the stream ends, and when it breaks off."""
+        self.sample, self.rule = sample, rule
+        try:
+            yield from self._stream(loader, report, loss, checkpoint)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            if checkpoint is None or not self._whole:
+                raise
+            kept = checkpoint.rescue(self)
+            if type(error) is DataError:
+                raise DataError(f"{error}{kept}") from error.__cause__
+            raise
+
+    def _stream(
+        self,
+        loader: Iterable[Any],
+        report: Reporter,
+        loss: Callable[[Tensor, Tensor, slice], Tensor] | None,
+        checkpoint: PassCheckpoint | None,
+    ) -> Iterator[Tensor]:
         total = num_batches(loader)
         report("images", 0, total)
-        for done, (images, labels) in enumerate(read(loader, self.vit), start=1):
+        note = None if checkpoint is None else checkpoint.note
+        for done, (images, labels) in enumerate(read(loader, self.vit, note), start=1):
             if done == 1 and total is not None:
                 self.statistics.expect(total * len(labels) * self.shards)
+            if checkpoint is not None and checkpoint.skip(images, labels, self):
+                report("images", done, total)
+                continue
             if loss is None:
                 with torch.no_grad():
                     features = encode(self.vit, self.prompts, images, **self.options)
+                self._whole = False
             else:
+                self._whole = False
                 features = self._forward_backward(images, labels, loss)
             self.statistics.update(features, labels)
-            if sample is not None:
-                sample.update(images, labels, features)
+            if self.sample is not None:
+                self.sample.update(images, labels, features)
+            if checkpoint is not None:
+                checkpoint.done()
+            self._whole = True
             report("images", done, total)
             yield labels
+            if checkpoint is not None and checkpoint.due():
+                checkpoint.write(self)
+        if checkpoint is not None:
+            checkpoint.end_of_stream(self)
 
     def pull_back_sample(self, head: FittedHead, sample: ImageSample, report: Reporter, group: Any) -> None:
         """Gradients of closed-form heads, each fitted without the fold that it scores, at the held-out temperature."""
@@ -400,6 +466,14 @@ def _num_ranks(group: Any) -> int:
     import torch.distributed as dist
 
     return dist.get_world_size(group)
+
+
+def _rank(group: Any) -> int:
+    if group is None:
+        return 0
+    import torch.distributed as dist
+
+    return dist.get_rank(group)
 
 
 def _gather(part: Tensor, dim: int, group: Any) -> Tensor:

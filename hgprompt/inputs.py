@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,8 +52,13 @@ def resolve(
     return pool, stack, vit
 
 
-def read(loader: Iterable[Any], vit: FrozenViT) -> Iterator[tuple[Tensor, Tensor]]:
+def read(
+    loader: Iterable[Any], vit: FrozenViT, note: Callable[[Tensor, Tensor], None] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Checked batches of a loader, each on its way to a GPU while the one before is computed.
+
+    Args:
+        note: called with the images and labels of each batch, in order, before it goes anywhere.
 
     Yields:
         images [B, 3, H, W] and labels [B], int64 on the CPU.
@@ -61,10 +66,12 @@ def read(loader: Iterable[Any], vit: FrozenViT) -> Iterator[tuple[Tensor, Tensor
     Raises:
         DataError: what the loader gives cannot be used, or it failed (its own exception is the cause).
     """
-    yield from _ahead(_batches(loader, vit), vit.device)
+    yield from _ahead(_batches(loader, vit, note), vit.device)
 
 
-def _batches(loader: Iterable[Any], vit: FrozenViT) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(
+    loader: Iterable[Any], vit: FrozenViT, note: Callable[[Tensor, Tensor], None] | None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Checked (images, labels [int64, CPU]) of the loader; its own failures as DataError."""
     try:
         iterator = iter(loader)
@@ -79,19 +86,39 @@ def _batches(loader: Iterable[Any], vit: FrozenViT) -> Iterator[tuple[Tensor, Te
         except HGPromptError as error:
             raise of_a_worker(error) from error.__cause__
         except Exception as error:
-            raise DataError(
-                f"the loader failed after {position} batches: {type(error).__name__}: {error}; nothing was kept"
-            ) from error
+            raise DataError(f"the loader failed after {position} batches: {_failure(error)}") from error
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             kind = (
                 f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
             )
             raise DataError(f"batch {position} of the loader is a {kind}; it must be a pair (images, labels)")
         try:
-            yield _check_batch(vit, *batch)
+            images, labels = _check_batch(vit, *batch)
         except DataError as error:
             raise DataError(f"batch {position} of the loader: {error}") from error
+        if note is not None:
+            note(images, labels)
+        yield images, labels
         position += 1
+
+
+def _failure(error: Exception) -> str:
+    """What a loader's own exception says, and for those of torch's DataLoader what to do."""
+    text = str(error).strip()
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader timed out"):
+        return (
+            f"no batch came from its workers in time ({text}): a worker hangs, or its storage is slow. Look for locks "
+            "in the dataset's code that a forked process cannot open, or give the DataLoader a longer timeout="
+        )
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
+        return (
+            f"a worker process has died ({text.splitlines()[0]}): most often the system has killed it for memory. "
+            "Give fewer workers (num_workers=), smaller batches, or more shared memory"
+        )
+    kind = type(error).__name__
+    if text.startswith("Caught ") and "\n" in text:  # the traceback of the worker that raised it
+        return f"{text.splitlines()[-1]} (in a worker process; its traceback is the cause of this error)"
+    return f"{kind}: {error}"
 
 
 def _ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hgprompt.errors import StatisticsError
+
 
 class ImageSample:
     """At most `capacity` images of a stream, each with the same probability, whatever its order or batch size.
@@ -34,13 +36,28 @@ class ImageSample:
         """Bytes of the images and features kept."""
         return sum(t.numel() * t.element_size() for t in (*self._images, *self._features))
 
-    def update(self, images: Tensor, labels: Tensor, features: Tensor) -> None:
-        """Offer a batch: images [B, ...], labels [B], features [M, B, h]. What is kept is copied, on its device."""
+    @property
+    def features(self) -> list[Tensor]:
+        """Features [M, h] of each image kept, place by place: what cannot be drawn from the stream again."""
+        return self._features
+
+    def update(self, images: Tensor, labels: Tensor, features: Tensor | None) -> None:
+        """Offer a batch: images [B, ...], labels [B], features [M, B, h]. What is kept is copied, on its device.
+
+        Without features the images are drawn all the same; `restore` brings the features.
+        """
         for i, label in enumerate(labels.tolist()):
             place = self._place(self._seen)
             if place is not None:
-                self._put(place, images[i].clone(), label, features[:, i].clone())
+                of_image = torch.empty(0) if features is None else features[:, i].clone()
+                self._put(place, images[i].clone(), label, of_image)
             self._seen += 1
+
+    def restore(self, features: list[Tensor]) -> None:
+        """Put back the `features` of a sample that has been offered the same stream."""
+        if len(features) != len(self):
+            raise StatisticsError(f"features of {len(features)} images for a sample of {len(self)}")
+        self._features = list(features)
 
     def fold(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Images [n, ...], labels [n] and features [M, n, h] of fold k, in the order of the stream."""
