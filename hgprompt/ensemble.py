@@ -141,7 +141,7 @@ def fast_ensemble(
         if checkpoint_dir is not None:
             counts: dict[str, Any] = {
                 "folds": folds, "keep": keep, "gradient_images": gradient_images, "seed": seed, "impl": impl,
-                "micro_batch": micro_batch, "tolerance": tolerance,
+                "micro_batch": micro_batch, "tolerance": tolerance, "batches of the loader": num_batches(loader),
             }  # fmt: skip
             if rule is not None:  # where the stream ends hangs on the weights
                 counts |= {
