@@ -13,6 +13,7 @@ from hgprompt.ensemble import fast_ensemble
 from hgprompt.errors import (
     BackboneError,
     DataError,
+    DeviceMemoryError,
     FileFormatError,
     HGPromptError,
     HGPromptWarning,
@@ -35,6 +36,7 @@ __all__ = [
     "BackboneError",
     "BackboneInfo",
     "DataError",
+    "DeviceMemoryError",
     "Diagnostics",
     "EnsembleResult",
     "EnsembleStatistics",

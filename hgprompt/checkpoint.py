@@ -95,7 +95,7 @@ class PassCheckpoint:
             raise OptionError(f"checkpoint_every must be a number of seconds from 0 on, got {every}")
         folder = make_directory(directory)
         self.path = folder / _file_name(rank, num_ranks)
-        self._identity = json.loads(json.dumps(dict(identity), default=str))
+        self._identity = json.loads(json.dumps(dict(identity) | {"rank": [rank, num_ranks]}, default=str))
         remove_temporaries(self.path)
         _refuse_other_ranks(folder, num_ranks)
         self._records = array("q")  # _FIELDS numbers for every batch that is done

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hgprompt import operations
 from hgprompt.backbone import FrozenViT
 from hgprompt.checkpoint import PassCheckpoint, identity_of
-from hgprompt.encoder import Impl, encode, pull_back
+from hgprompt.encoder import Impl, MicroBatch, encode, pull_back
 from hgprompt.errors import DataError, HGPromptWarning, OptionError
 from hgprompt.inputs import Prompts, num_batches, read, resolve
 from hgprompt.kernels.gram import grams, grams_reference
@@ -99,7 +99,8 @@ def fast_ensemble(
             says beforehand what either takes.
         max_bytes: memory for it; None: what the device has free, less a fifth. Where the loader has a length,
             statistics that would not fit are refused with the first batch.
-        micro_batch: image–prompt pairs in the network at one time; memory grows with it, not with M or N.
+        micro_batch: image–prompt pairs in the network at one time; memory grows with it, not with M or N. Halved for
+            the rest of the pass where a GPU's memory runs out.
         impl: engine of the network, as for `encode`.
         checkpoint_dir: a folder for this pass alone, in which what was done is kept (docs/long-runs.md). The same call
             after an interruption goes on from there, to the same bits; it reads the loader from the start again, which
@@ -260,7 +261,7 @@ class _Pass:
     ) -> None:
         # On the device once, and not with every batch.
         self.vit, self.prompts, self.names = vit, prompts.to(vit.device, vit.dtype), names
-        self.options: dict[str, Any] = {"micro_batch": micro_batch, "impl": impl}
+        self.options: dict[str, Any] = {"micro_batch": MicroBatch(micro_batch), "impl": impl}
         self.statistics, self.folds, self.shards = statistics, statistics.folds, shards
         self.gradients: Tensor | None = None  # [folds, M, p, d], summed over the images of each fold
         self.num_gradient_images = 0
