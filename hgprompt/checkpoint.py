@@ -107,11 +107,6 @@ class PassCheckpoint:
         self._wait, self._last = every, clock()
         self._warned = False
 
-    @property
-    def resumes(self) -> bool:
-        """Whether batches that the file knows are still to come."""
-        return self._saved is not None
-
     def note(self, images: Tensor, labels: Tensor) -> None:
         """Take down a batch that was read: images [B, ...], labels [B]."""
         self._noted.append((len(labels), _digest(labels, labels), _digest(_some_pixels(images), images)))
@@ -145,11 +140,11 @@ class PassCheckpoint:
         """Is it time for the next checkpoint?"""
         return self._clock() - self._last >= self._wait
 
-    def write(self, gathering: Gathering) -> bool:
-        """Replace the file; whether that was possible. A disk that is full costs a checkpoint, and not the pass: the
-        former file stays, and a warning is given once."""
-        if len(self._records) == self._written or self._saved is not None:
-            return False
+    def write(self, gathering: Gathering) -> None:
+        """Replace the file, where anything was done since. A disk that is full costs a checkpoint, and not the pass:
+        the former file stays, and a warning is given once."""
+        if len(self._records) == self._written:
+            return
         begin = self._clock()
         try:
             write_safetensors(self.path, *self._content(gathering), checksum=True)
@@ -160,7 +155,6 @@ class PassCheckpoint:
             self._warned = True
         self._last = self._clock()
         self._wait = max(self._every, (self._last - begin) / SHARE)
-        return self._written == len(self._records)
 
     def end_of_stream(self, gathering: Gathering) -> None:
         """The last checkpoint: what comes after the stream may fail without costing the pass.
@@ -175,11 +169,17 @@ class PassCheckpoint:
             )
         self.write(gathering)
 
-    def rescue(self, gathering: Gathering) -> str:
-        """What can be added to the message of a stream's failure: where its work is kept."""
-        if self.resumes:
+    def rescue(self, gathering: Gathering, *, whole: bool) -> str:
+        """Keep what was done before a stream failed; what can be added to the failure's message: where it is.
+
+        Args:
+            whole: all parts are of the same batches. If not, the failure came in between, and the former file stands.
+        """
+        if self._saved is not None:
             return f"; {self.path} is as it was"
-        if not self.write(gathering) and self._written == 0:
+        if whole:
+            self.write(gathering)
+        if self._written == 0:
             return ""
         return f"; what was done is kept in {self.path}: call again with the same data to go on"
 

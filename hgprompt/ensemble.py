@@ -21,7 +21,7 @@ from hgprompt.backbone import FrozenViT
 from hgprompt.checkpoint import PassCheckpoint, identity_of
 from hgprompt.encoder import Impl, MicroBatch, encode, pull_back
 from hgprompt.errors import DataError, HGPromptWarning, OptionError
-from hgprompt.inputs import Prompts, num_batches, read, resolve
+from hgprompt.inputs import Prompts, num_batches, of_the_loader, read, resolve
 from hgprompt.kernels.gram import grams, grams_reference
 from hgprompt.objective import Shrinkage, h_score
 from hgprompt.optimize import Solution, Solver, WeightProblem, check_options, jackknife_std
@@ -292,11 +292,10 @@ class _Pass:
         except GeneratorExit:
             raise
         except BaseException as error:
-            if checkpoint is None or not self._whole:
-                raise
-            kept = checkpoint.rescue(self)
-            if type(error) is DataError:
-                raise DataError(f"{error}{kept}") from error.__cause__
+            failure = of_the_loader(error)
+            kept = "" if checkpoint is None else checkpoint.rescue(self, whole=self._whole)
+            if type(failure) is DataError and (kept or failure is not error):
+                raise DataError(f"{failure}{kept}") from (error.__cause__ if failure is error else error)
             raise
 
     def _stream(

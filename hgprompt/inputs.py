@@ -86,7 +86,8 @@ def _batches(
         except HGPromptError as error:
             raise of_a_worker(error) from error.__cause__
         except Exception as error:
-            raise DataError(f"the loader failed after {position} batches: {_failure(error)}") from error
+            reason = _of_torch(error) or _in_words(error)
+            raise DataError(f"the loader failed after {position} batches: {reason}") from error
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             kind = (
                 f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
@@ -102,23 +103,34 @@ def _batches(
         position += 1
 
 
-def _failure(error: Exception) -> str:
-    """What a loader's own exception says, and for those of torch's DataLoader what to do."""
+def of_the_loader(error: BaseException) -> BaseException:
+    """The error itself, or a DataError where it says that a DataLoader's worker has died: PyTorch raises that from a
+    signal, wherever the program is."""
+    reason = _of_torch(error)
+    return error if reason is None or isinstance(error, HGPromptError) else DataError(f"the loader failed: {reason}")
+
+
+def _of_torch(error: BaseException) -> str | None:
+    """What has become of a DataLoader's workers, and what to do; None for other errors."""
     text = str(error).strip()
     if isinstance(error, RuntimeError) and text.startswith("DataLoader timed out"):
         return (
-            f"no batch came from its workers in time ({text}): a worker hangs, or its storage is slow. Look for locks "
-            "in the dataset's code that a forked process cannot open, or give the DataLoader a longer timeout="
+            f"no batch came from its workers in time ({text}): one hangs, or its storage is slow. Look for locks in "
+            "the dataset's code that were held when the worker was forked, or give the DataLoader a longer timeout"
         )
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
         return (
             f"a worker process has died ({text.splitlines()[0]}): most often the system has killed it for memory. "
-            "Give fewer workers (num_workers=), smaller batches, or more shared memory"
+            "Give fewer workers, smaller batches or more shared memory"
         )
-    kind = type(error).__name__
-    if text.startswith("Caught ") and "\n" in text:  # the traceback of the worker that raised it
-        return f"{text.splitlines()[-1]} (in a worker process; its traceback is the cause of this error)"
-    return f"{kind}: {error}"
+    return None
+
+
+def _in_words(error: Exception) -> str:
+    text = str(error).strip()
+    if text.startswith("Caught ") and "\n" in text:  # with the traceback of the worker that raised it
+        return f"{text.splitlines()[-1]} (in a worker process)"
+    return f"{type(error).__name__}: {text}"
 
 
 def _ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -237,7 +237,7 @@ def batches(images: LabelledImages | ImageDataset, batch_size: int, *, seed: int
     import torch
 
     from hgprompt.data import LabelledImages
-    from hgprompt.data.folders import available_cores
+    from hgprompt.data.folders import WORKER_TIMEOUT, available_cores
 
     if isinstance(images, LabelledImages):
         if seed is not None:
@@ -245,8 +245,9 @@ def batches(images: LabelledImages | ImageDataset, batch_size: int, *, seed: int
         return images.batches(batch_size)
     order = torch.Generator().manual_seed(seed or 0)
     return torch.utils.data.DataLoader(
-        images, batch_size, shuffle=seed is not None, generator=order, num_workers=available_cores()
-    )
+        images, batch_size, shuffle=seed is not None, generator=order, num_workers=available_cores(),
+        timeout=WORKER_TIMEOUT,
+    )  # fmt: skip
 
 
 def _render(
