@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,10 @@ IMAGES, BATCH, M, CLASSES = 100_000, 50, 4, 10
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def stream(num_images: int):
@@ -95,18 +100,21 @@ def cost_of_checkpoints() -> dict:
                 begin = time.perf_counter()
                 checkpoint.note(images, labels)
                 times.append((time.perf_counter() - begin) / 32)
+        extra = 0
         rows = torch.randn(125_000_000, dtype=torch.float64)
         path = Path(folder) / "x.safetensors"
-        writing, reading = [], []
+        writing, reading, resident = [], [], peak_bytes()
         for _ in range(3):
             begin = time.perf_counter()
             write_safetensors(path, {"rows": rows}, {}, checksum=True)
             writing.append(time.perf_counter() - begin)
+            extra = peak_bytes() - resident if len(writing) == 1 else extra
             begin = time.perf_counter()
             read_safetensors(path, checksum=True)[0]["rows"].clone()
             reading.append(time.perf_counter() - begin)
     return {
         "digest_microseconds_per_image_224px_float32": round(1e6 * statistics.median(times), 1),
+        "write_1_GB_extra_memory_MB": round(extra / 1e6, 1),
         "write_1_GB_seconds": round(statistics.median(writing), 2),
         "read_1_GB_seconds": round(statistics.median(reading), 2),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 import literal
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -280,6 +283,28 @@ def test_another_number_of_ranks_is_refused(tmp_path):
     (tmp_path / FILE).rename(tmp_path / "pass-rank-0001-of-0002.safetensors")
     with pytest.raises(OptionError, match="another number of ranks than 1"):
         _run(_batches(), tmp_path)
+
+
+def _rank(rank, world, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    own = _batches()[rank::world]
+    options = {"process_group": dist.group.WORLD, "keep": "moments"}
+    expected = _run(own, **options)
+    with contextlib.suppress(DataError):  # before anything is reduced, so that no rank waits for another
+        _run(_Until(2 + 3 * rank, batches=own), f"{folder}/kept", **options)
+    result = _run(own, f"{folder}/kept", **options)
+    left = [name for name in os.listdir(f"{folder}/kept") if f"-{rank:04d}-of-" in name]
+    torch.save((result.weights, expected.weights, left), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_every_rank_goes_on_from_where_it_was(tmp_path):
+    mp.spawn(_rank, (2, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        resumed, undisturbed, left = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.equal(resumed, undisturbed)
+        assert left == []
 
 
 @pytest.fixture(scope="module")
