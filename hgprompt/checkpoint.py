@@ -43,9 +43,10 @@ from hgprompt.stopping import StopRule
 logger = logging.getLogger(__name__)
 
 SHARE = 0.05
-"""Of the time of a pass that checkpoints may take: the next one waits until the last has been paid for."""
+"""Of the time of a pass that checkpoints may take: each waits until it has been paid for."""
 _FORMAT, _VERSION = "hgprompt-pass", 1
 _VALUES_PER_IMAGE = 1024  # of the pixels that are compared: thousands of images differ somewhere in them
+_SECONDS_PER_BYTE = 1 / 200e6  # before the first is written: a slow disk
 _FIELDS = 3  # of the record of a batch: images, digest of the labels, digest of the pixels
 
 
@@ -104,7 +105,7 @@ class PassCheckpoint:
         self._saved = self._read()
         self._written = 0
         self._every, self._clock = every, clock
-        self._wait, self._last = every, clock()
+        self._last, self._seconds_per_byte = clock(), _SECONDS_PER_BYTE
         self._warned = False
 
     def note(self, images: Tensor, labels: Tensor) -> None:
@@ -136,9 +137,9 @@ class PassCheckpoint:
         """The oldest batch noted is part of the statistics now."""
         self._records.extend(self._noted.popleft())
 
-    def due(self) -> bool:
+    def due(self, gathering: Gathering) -> bool:
         """Is it time for the next checkpoint?"""
-        return self._clock() - self._last >= self._wait
+        return self._clock() - self._last >= self._every and self._is_paid_for(gathering)
 
     def write(self, gathering: Gathering) -> None:
         """Replace the file, where anything was done since. A disk that is full costs a checkpoint, and not the pass:
@@ -154,10 +155,11 @@ class PassCheckpoint:
                 warnings.warn(f"no checkpoint could be written, the pass goes on: {error}", HGPromptWarning, 3)
             self._warned = True
         self._last = self._clock()
-        self._wait = max(self._every, (self._last - begin) / SHARE)
+        self._seconds_per_byte = (self._last - begin) / _size(gathering)
 
     def end_of_stream(self, gathering: Gathering) -> None:
-        """The last checkpoint: what comes after the stream may fail without costing the pass.
+        """The last checkpoint, if it is worth its time: what comes after the stream may then fail without costing the
+        pass.
 
         Raises:
             DataError: batches that the file knows have not come.
@@ -167,7 +169,8 @@ class PassCheckpoint:
                 f"the loader ended after {len(self._records) // _FIELDS} batches; {self.path} was written after "
                 f"{len(self._saved.batches)}: give all the data that it was written for, or delete it to begin again"
             )
-        self.write(gathering)
+        if self._is_paid_for(gathering):
+            self.write(gathering)
 
     def rescue(self, gathering: Gathering, *, whole: bool) -> str:
         """Keep what was done before a stream failed; what can be added to the failure's message: where it is.
@@ -186,6 +189,10 @@ class PassCheckpoint:
     def remove(self) -> None:
         """The pass has a result: its file is of no more use."""
         self.path.unlink(missing_ok=True)
+
+    def _is_paid_for(self, gathering: Gathering) -> bool:
+        """Whether a checkpoint would take no more than SHARE of the time since the last one."""
+        return SHARE * (self._clock() - self._last) >= self._seconds_per_byte * _size(gathering)
 
     def _compare(self, batch: int) -> None:
         assert self._saved is not None
@@ -290,7 +297,7 @@ class _Saved:
                 self._refuse("its looks at the weights are none")
             gathering.rule.restore(positions, weights.clone(), found)
         if self._tensors:
-            self._refuse(f"it holds {', '.join(self._tensors)[:100]}, which this pass has no use for")
+            self._refuse(f"it holds {ascii(list(self._tensors))[:100]}, which this pass has no use for")
 
     def _features(self, m: int, h: int, vit: FrozenViT, num_images: int) -> list[Tensor]:
         flat = self._take("features", (m * num_images * h,), vit.dtype)
@@ -372,9 +379,13 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The names of what differs, and the values where they say something to a reader."""
     words = []
     for key in sorted({*then, *now}):
-        old, new = (json.dumps(record.get(key)) for record in (then, now))
-        if old != new:
-            words.append(f"{key}, {old} and not {new}"[:120] if max(len(old), len(new)) < 50 else key)
+        old, new = then.get(key), now.get(key)
+        if old == new:
+            continue
+        name = key if key in now else ascii(key)[:50]
+        plain = all(value is None or isinstance(value, (str, int, float)) for value in (old, new))
+        known = f"{name}, {json.dumps(old)} and not {json.dumps(new)}" if plain else name
+        words.append(known if len(known) < 100 else name)
     return "; ".join(words)[:1000]
 
 
@@ -391,6 +402,13 @@ def _refuse_other_ranks(folder: Path, num_ranks: int) -> None:
             f"{folder} holds {others[0]}, the checkpoint of a pass on another number of ranks than {num_ranks}: start "
             "as many as then, name another checkpoint_dir, or delete it to begin again"
         )
+
+
+def _size(gathering: Gathering) -> int:
+    """Bytes of a checkpoint, about; above 0."""
+    parts = [] if gathering.sample is None else list(gathering.sample.features)
+    parts += [] if gathering.gradients is None else [gathering.gradients]
+    return 1 + gathering.statistics.nbytes + sum(part.numel() * part.element_size() for part in parts)
 
 
 def _of_moments(moments: Moments) -> dict[str, Tensor | Sequence[Tensor]]:

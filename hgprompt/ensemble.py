@@ -329,7 +329,7 @@ class _Pass:
             self._whole = True
             report("images", done, total)
             yield labels
-            if checkpoint is not None and checkpoint.due():
+            if checkpoint is not None and checkpoint.due(self):
                 checkpoint.write(self)
         if checkpoint is not None:
             checkpoint.end_of_stream(self)

@@ -453,9 +453,9 @@ class _Anything:
     gradients, num_gradient_images = None, 0
 
 
-@pytest.mark.parametrize(("every", "cost"), [(10.0, 0.1), (10.0, 2.0), (0.0, 1.0), (100.0, 0.0)])
-def test_checkpoints_keep_their_distance(every, cost, tmp_path, monkeypatch):
-    """A clock of our own: a batch takes a second, a checkpoint `cost` seconds."""
+def _simulated(folder, monkeypatch, *, every, cost, assumed, batches):
+    """When checkpoints are written, and when the pass ends, on a clock of our own: a batch takes a second, a checkpoint
+    `cost` seconds, and before the first one is written it must be thought to take `assumed`."""
     now, times = [0.0], []
 
     def write(*_, **__):
@@ -463,17 +463,36 @@ def test_checkpoints_keep_their_distance(every, cost, tmp_path, monkeypatch):
         now[0] += cost
 
     monkeypatch.setattr(hgprompt.checkpoint, "write_safetensors", write)
-    checkpoint = PassCheckpoint(tmp_path, {}, every=every, clock=lambda: now[0])
+    monkeypatch.setattr(hgprompt.checkpoint, "_size", lambda _: 1 + int(200e6 * assumed))
+    checkpoint = PassCheckpoint(folder, {}, every=every, clock=lambda: now[0])
     images, labels = _batches()[0]
-    for _ in range(1000):
+    for _ in range(batches):
         now[0] += 1.0
         checkpoint.note(images, labels)
         checkpoint.done()
-        if checkpoint.due():
+        if checkpoint.due(_Anything()):
             checkpoint.write(_Anything())
-    gaps = [b - a - cost for a, b in itertools.pairwise(times)]
-    assert times[0] >= every
-    assert min(gaps) >= max(every, cost / SHARE) - 1e-6  # sums of many seconds, rounded
-    assert max(gaps) <= max(every, cost / SHARE) + 1.0 + 1e-6  # one batch later at most
-    # From the first checkpoint on; the first itself is not known to be dear before it is written.
-    assert cost * (len(times) - 1) <= SHARE * (now[0] - times[0])
+    checkpoint.end_of_stream(_Anything())
+    return times, now[0]
+
+
+@pytest.mark.parametrize(("every", "cost"), [(10.0, 0.1), (10.0, 2.0), (0.0, 1.0), (100.0, 0.0)])
+def test_checkpoints_keep_their_distance(every, cost, tmp_path, monkeypatch):
+    times, end = _simulated(tmp_path, monkeypatch, every=every, cost=cost, assumed=cost, batches=1000)
+    *gaps, last = (b - a for a, b in itertools.pairwise([-cost, *times]))
+    wait, small = max(every, cost / SHARE), 1e-5  # sums of many seconds, rounded
+    assert min(gaps) >= wait + cost - small
+    assert max(gaps) <= wait + cost + 1.0 + small  # one batch later at most
+    assert last >= cost / SHARE + cost - small  # at the end of the stream it need not be time, only be paid for
+    assert len(times) * cost <= SHARE * end + small
+
+
+def test_a_pass_too_short_to_pay_for_a_checkpoint_writes_none(tmp_path, monkeypatch):
+    times, _ = _simulated(tmp_path, monkeypatch, every=0.0, cost=60.0, assumed=60.0, batches=1000)
+    assert times == []
+
+
+def test_a_faster_disk_is_noticed(tmp_path, monkeypatch):
+    """The first waits until 1 s would be paid for, the second for 0.1 s, which the first has taken."""
+    times, _ = _simulated(tmp_path, monkeypatch, every=0.0, cost=0.1, assumed=1.0, batches=40)
+    assert times[:2] == pytest.approx([1 / SHARE, 1 / SHARE + 0.1 + 0.1 / SHARE], abs=1.0)  # a batch
