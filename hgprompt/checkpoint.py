@@ -8,6 +8,7 @@ gradients. So it ends with the bits of the undisturbed pass, on the same device 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -181,7 +182,8 @@ class PassCheckpoint:
         if self._saved is not None:
             return f"; {self.path} is as it was"
         if whole:
-            self.write(gathering)
+            with contextlib.suppress(DataError):  # features that are not finite, which a GPU tells late
+                self.write(gathering)
         if self._written == 0:
             return ""
         return f"; what was done is kept in {self.path}: call again with the same data to go on"

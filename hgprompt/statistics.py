@@ -465,9 +465,10 @@ class _FiniteCheck:
 
     def _finish(self, left: int) -> None:
         while len(self._pending) > left:
-            event, finite, position = self._pending.popleft()
+            event, finite, position = self._pending[0]
             event.synchronize()
-            self._require(finite, position)
+            self._require(finite, position)  # what is not finite stays the answer, however often it is asked for
+            self._pending.popleft()
 
     @staticmethod
     def _require(finite: Tensor, position: int) -> None:

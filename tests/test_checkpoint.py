@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest.mock import Mock
 
 import literal
 import pytest
@@ -199,6 +200,29 @@ def test_a_batch_that_is_half_done_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert len(read_safetensors(tmp_path / FILE)[0]["batches"]) == 5
     _assert_same_bits(_run(_batches(), tmp_path), _run(_batches()))
+
+
+def test_features_that_are_found_late_not_to_be_finite_replace_no_checkpoint(tmp_path, monkeypatch):
+    """On a GPU the check answers two batches later; here an event that has happened stands for the GPU's."""
+
+    def late(self, features, position):
+        self._pending.append((Mock(), features.flatten(1).isfinite().all(1), position))
+        self._finish(2)
+
+    _interrupt(tmp_path, 3)
+    before = (tmp_path / FILE).read_bytes()
+    monkeypatch.setattr("hgprompt.statistics._FiniteCheck.check", late)
+    encode, calls = hgprompt.ensemble.encode, itertools.cycle(range(3))
+
+    def broken(*arguments, **options):
+        return encode(*arguments, **options) / float(next(calls) != 2)  # of batch 5
+
+    monkeypatch.setattr(hgprompt.ensemble, "encode", broken)
+    with pytest.raises(DataError, match="the disk is gone"):  # before anyone has asked whether they are finite
+        _run(_Until(6), tmp_path, checkpoint_every=1e6)
+    with pytest.raises(DataError, match=f"batch after image {5 * BATCH}"):
+        _run(_batches(), tmp_path, checkpoint_every=1e6)
+    assert (tmp_path / FILE).read_bytes() == before
 
 
 def test_a_failure_in_the_solve_does_not_cost_the_pass(tmp_path, monkeypatch):
