@@ -487,7 +487,7 @@ def _simulated(folder, monkeypatch, *, every, cost, assumed, batches):
         now[0] += cost
 
     monkeypatch.setattr(hgprompt.checkpoint, "write_safetensors", write)
-    monkeypatch.setattr(hgprompt.checkpoint, "_size", lambda _: 1 + int(200e6 * assumed))
+    monkeypatch.setattr(hgprompt.checkpoint, "size_of", lambda _: 1 + int(200e6 * assumed))
     checkpoint = PassCheckpoint(folder, {}, every=every, clock=lambda: now[0])
     images, labels = _batches()[0]
     for _ in range(batches):
