@@ -6,6 +6,7 @@ the prompts become a Gram matrix; everything after the stream is small, exact li
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import warnings
@@ -308,29 +309,30 @@ class _Pass:
         total = num_batches(loader)
         report("images", 0, total)
         note = None if checkpoint is None else checkpoint.note
-        for done, (images, labels) in enumerate(read(loader, self.vit, note), start=1):
-            if done == 1 and total is not None:
-                self.statistics.expect(total * len(labels) * self.shards)
-            if checkpoint is not None and checkpoint.skip(images, labels, self):
+        with contextlib.closing(read(loader, self.vit, note)) as batches:
+            for done, (images, labels) in enumerate(batches, start=1):
+                if done == 1 and total is not None:
+                    self.statistics.expect(total * len(labels) * self.shards)
+                if checkpoint is not None and checkpoint.skip(images, labels, self):
+                    report("images", done, total)
+                    continue
+                if loss is None:
+                    with torch.no_grad():
+                        features = encode(self.vit, self.prompts, images, **self.options)
+                    self._whole = False
+                else:
+                    self._whole = False
+                    features = self._forward_backward(images, labels, loss)
+                self.statistics.update(features, labels)
+                if self.sample is not None:
+                    self.sample.update(images, labels, features)
+                if checkpoint is not None:
+                    checkpoint.done()
+                self._whole = True
                 report("images", done, total)
-                continue
-            if loss is None:
-                with torch.no_grad():
-                    features = encode(self.vit, self.prompts, images, **self.options)
-                self._whole = False
-            else:
-                self._whole = False
-                features = self._forward_backward(images, labels, loss)
-            self.statistics.update(features, labels)
-            if self.sample is not None:
-                self.sample.update(images, labels, features)
-            if checkpoint is not None:
-                checkpoint.done()
-            self._whole = True
-            report("images", done, total)
-            yield labels
-            if checkpoint is not None and checkpoint.due(self):
-                checkpoint.write(self)
+                yield labels
+                if checkpoint is not None and checkpoint.due(self):
+                    checkpoint.write(self)
         if checkpoint is not None:
             checkpoint.end_of_stream(self)
 

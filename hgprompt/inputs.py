@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def resolve(
 
 def read(
     loader: Iterable[Any], vit: FrozenViT, note: Callable[[Tensor, Tensor], None] | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Checked batches of a loader, each on its way to a GPU while the one before is computed.
 
     Args:
@@ -66,17 +67,30 @@ def read(
     Raises:
         DataError: what the loader gives cannot be used, or it failed (its own exception is the cause).
     """
-    yield from _ahead(_batches(loader, vit, note), vit.device)
-
-
-def _batches(
-    loader: Iterable[Any], vit: FrozenViT, note: Callable[[Tensor, Tensor], None] | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Checked (images, labels [int64, CPU]) of the loader; its own failures as DataError."""
     try:
         iterator = iter(loader)
     except TypeError as error:
         raise DataError(f"loader must be an iterable of (images, labels), got {type(loader).__name__}") from error
+    try:
+        batches = _batches(iterator, vit, note, has_workers=getattr(loader, "num_workers", 0) > 0)
+        yield from _ahead(batches, vit.device)
+    finally:
+        _end_workers(loader, iterator)
+
+
+def _end_workers(loader: Iterable[Any], iterator: Iterator[Any]) -> None:
+    """End a DataLoader's worker processes now. They would live as long as a traceback holds the iterator, and as long
+    as one that has died is known, PyTorch raises its error again whenever another process ends."""
+    end = getattr(iterator, "_shutdown_workers", None)
+    if callable(end) and not getattr(loader, "persistent_workers", False):
+        with contextlib.suppress(RuntimeError):  # that error
+            end()
+
+
+def _batches(
+    iterator: Iterator[Any], vit: FrozenViT, note: Callable[[Tensor, Tensor], None] | None, *, has_workers: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Checked (images, labels [int64, CPU]) of the loader; its own failures as DataError."""
     position = 0
     while True:
         try:
@@ -86,7 +100,7 @@ def _batches(
         except HGPromptError as error:
             raise of_a_worker(error) from error.__cause__
         except Exception as error:
-            reason = _of_torch(error) or _in_words(error)
+            reason = _of_torch(error, has_workers=has_workers) or _in_words(error)
             raise DataError(f"the loader failed after {position} batches: {reason}") from error
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             kind = (
@@ -110,18 +124,25 @@ def of_the_loader(error: BaseException) -> BaseException:
     return error if reason is None or isinstance(error, HGPromptError) else DataError(f"the loader failed: {reason}")
 
 
-def _of_torch(error: BaseException) -> str | None:
-    """What has become of a DataLoader's workers, and what to do; None for other errors."""
+def _of_torch(error: BaseException, *, has_workers: bool = False) -> str | None:
+    """What has become of a DataLoader's workers, and what to do; None for other errors.
+
+    Args:
+        has_workers: the error came from a DataLoader with worker processes: then a connection that is lost is that to
+            one of them, for what is raised within a worker comes with its traceback as text.
+    """
     text = str(error).strip()
+    lost = has_workers and isinstance(error, (ConnectionError, EOFError)) and not text.startswith("Caught ")
     if isinstance(error, RuntimeError) and text.startswith("DataLoader timed out"):
         return (
             f"no batch came from its workers in time ({text}): one hangs, or its storage is slow. Look for locks in "
             "the dataset's code that were held when the worker was forked, or give the DataLoader a longer timeout"
         )
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
+    if lost or (isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid")):
+        first = (text or type(error).__name__).splitlines()[0]
         return (
-            f"a worker process has died ({text.splitlines()[0]}): most often the system has killed it for memory. "
-            "Give fewer workers, smaller batches or more shared memory"
+            f"a worker process has died ({first}): most often the system has killed it for memory. Give fewer workers, "
+            "smaller batches or more shared memory"
         )
     return None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import subprocess
 import time
 
 import literal
@@ -73,13 +75,26 @@ FAILURES = {
 }
 
 
+def _processes():
+    """Children of this process that run."""
+    return set(multiprocessing.active_children())
+
+
 @pytest.mark.parametrize("kind", FAILURES)
 def test_a_worker_that(kind, tmp_path, monkeypatch):
     failure, timeout, message = FAILURES[kind]
     if kind == "dies":  # the signal may come in the midst of a batch: the checkpoint before must be there
         monkeypatch.setattr(hgprompt.checkpoint, "SHARE", 1e9)
+    monkeypatch.setattr(
+        "torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5
+    )  # how long one that hangs is waited for
+    before = _processes()
     with pytest.raises(DataError, match=message) as caught:
         _run(failure, tmp_path, timeout)
+    # Although the error holds the frames that hold the loader: else PyTorch raises again with the next process's end.
+    assert _processes() <= before
+    for _ in range(3):
+        subprocess.run(["true"], check=True)
     # A worker is at most two batches ahead; of one that dies, what it had sent may be lost with it.
     done = len(read_safetensors(tmp_path / "pass.safetensors")[0]["batches"])
     assert done == BAD or (kind == "dies" and done >= BAD - 3)
@@ -102,6 +117,25 @@ def test_a_death_that_is_noticed_within_the_network_is_named_as_well(tmp_path, m
     with pytest.raises(DataError, match="a worker process has died") as caught:
         _run(None, tmp_path)
     assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_a_connection_that_is_lost_is_a_worker_or_the_loaders_own():
+    """A worker may die while a tensor of its is on the way; without workers the loader means another connection."""
+
+    class Lost:
+        def __init__(self, num_workers):
+            self.num_workers = num_workers
+
+        def __iter__(self):
+            raise ConnectionResetError("reset by peer")
+            yield
+
+    for workers, message in (
+        (2, r"a worker process has died \(reset by peer\)"),
+        (0, "ConnectionResetError: reset by"),
+    ):
+        with pytest.raises(DataError, match=message):
+            fast_ensemble(torch.zeros(2, 1, 16), Lost(workers), backbone=FrozenViT.from_timm(literal.tiny_vit()))
 
 
 def test_our_own_loader_has_a_timeout(tmp_path):
