@@ -85,9 +85,8 @@ def test_a_worker_that(kind, tmp_path, monkeypatch):
     failure, timeout, message = FAILURES[kind]
     if kind == "dies":  # the signal may come in the midst of a batch: the checkpoint before must be there
         monkeypatch.setattr(hgprompt.checkpoint, "SHARE", 1e9)
-    monkeypatch.setattr(
-        "torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5
-    )  # how long one that hangs is waited for
+    # How long the end of a loader waits for a worker that hangs.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
     before = _processes()
     with pytest.raises(DataError, match=message) as caught:
         _run(failure, tmp_path, timeout)
