@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hgprompt import strict_json
-from hgprompt.errors import FileFormatError, HGPromptError, OutputError
+from hgprompt.errors import FileFormatError, OutputError
 
 MAX_FILE_BYTES = 8 * 2**30
 MAX_HEADER_BYTES = 64 * 2**20
@@ -133,14 +133,13 @@ def read_safetensors(
     """
     path = Path(path)
     with open_regular(path, max_bytes) as file:
-        header, start = _read_header(path, file, max_header_bytes)
-        metadata = _metadata(path, header)
-        tensors = {
-            name: _read_tensor(path, file, name, entry, start)
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    return tensors, metadata
+        try:
+            header, start = _read_header(path, file, max_header_bytes)
+            metadata = _metadata(path, header)
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            return {name: _read_tensor(path, file, name, entry, start) for name, entry in entries.items()}, metadata
+        except OSError as error:
+            raise FileFormatError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def read_json(path: str | Path, *, max_bytes: int) -> Any:
@@ -153,7 +152,7 @@ def read_json(path: str | Path, *, max_bytes: int) -> Any:
     with open_regular(path, max_bytes) as file:
         try:
             return strict_json.parse(file.read(max_bytes))
-        except (ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise FileFormatError(f"{path} is no JSON that can be read ({error!s:.200})") from error
 
 
@@ -162,7 +161,7 @@ def open_regular(path: str | Path, max_bytes: int) -> Iterator[BinaryIO]:
     """A regular file, open for reading: a FIFO or a terminal in its place is refused, and not waited for.
 
     Raises:
-        FileFormatError: missing, not readable, no regular file, or over `max_bytes`; also a read that fails within.
+        FileFormatError: missing, not readable, no regular file, or over `max_bytes`.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
@@ -184,12 +183,7 @@ def open_regular(path: str | Path, max_bytes: int) -> Iterator[BinaryIO]:
         os.close(descriptor)
         raise
     with os.fdopen(descriptor, "rb") as file:
-        try:
-            yield file
-        except OSError as error:
-            if isinstance(error, HGPromptError):
-                raise
-            raise FileFormatError(f"cannot read {path}: {error.strerror or error}") from error
+        yield file
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from hgprompt.data import ImageDataset, ImageTask, LabelledImages, decode, load_task, open_images
-from hgprompt.data.folders import VTAB_ALIASES
+from hgprompt.data.listing import VTAB_ALIASES
 from hgprompt.errors import DataError
 
 Group = Literal["natural", "specialized", "structured", "own"]
