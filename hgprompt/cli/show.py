@@ -138,7 +138,7 @@ def print_pool(pool: PromptPool, title: str = "") -> None:
         size = "×".join(map(str, pool.backbone.image_size))
         console.print(
             f"backbone: {escape(plain(pool.backbone.name))}, depth {pool.backbone.depth}, {size} pixels, "
-            f"weights {plain(pool.backbone.fingerprint[:16]) or 'not recorded'}"
+            f"weights {escape(plain(pool.backbone.fingerprint[:16])) or 'not recorded'}"
         )
     for column in ("prompt", "RMS", "provenance"):
         table.add_column(column, justify="right" if column == "RMS" else "left", overflow="fold")
@@ -259,4 +259,4 @@ def _table(title: str) -> tuple[Console, Table]:
     from rich.markup import escape
     from rich.table import Table
 
-    return Console(), Table(title=escape(plain(title)) or None, title_justify="left")
+    return Console(emoji=False), Table(title=escape(plain(title)) or None, title_justify="left")

@@ -14,6 +14,7 @@ from torch import Tensor
 from hgprompt.data.images import LabelledImages
 from hgprompt.errors import FileFormatError, OptionError
 from hgprompt.files import read_safetensors, write_safetensors
+from hgprompt.result import is_number
 
 _FORMAT, _VERSION = "hgprompt-tuning", 2
 
@@ -60,11 +61,24 @@ class Checkpoint:
         if {name: (value.shape, value.dtype) for name, value in stored.items()} != shapes:
             raise FileFormatError(f"{self.path}: its tensors are not those of this run; delete it to begin again")
         history = metadata.get("history")
-        if not isinstance(history, list) or not all(isinstance(record, dict) for record in history):
+        runs = {len(value) for value in like.values()}
+        if not isinstance(history, list) or not all(_is_record(r, i, runs) for i, r in enumerate(history, start=1)):
             raise FileFormatError(f"{self.path}: its history is not understood; delete it to begin again")
         if not all(bool(value.isfinite().all()) for value in stored.values()):
             raise FileFormatError(f"{self.path} holds NaN or infinity; delete it to begin again")
         return stored, history
+
+
+def _is_record(record: Any, epoch: int, runs: set[int]) -> bool:
+    """Whether this is an epoch's record as `tune` writes them: numbers for each run, or null for a loss that is none."""
+    if not isinstance(record, dict) or record.get("epoch") != epoch or not is_number(record.get("epoch")):
+        return False
+    lists = [record.get(key) for key in ("loss", "lr", "train_accuracy")] + [
+        record.get("test_accuracy", record.get("loss"))
+    ]
+    if not all(isinstance(values, list) and {len(values)} == runs for values in lists):
+        return False
+    return all(value is None or is_number(value) for values in lists for value in values)
 
 
 def digest_of_images(images: Any) -> str:
