@@ -50,12 +50,12 @@ class Table:
         """Best of each column in bold, second best underlined, equal ones (as printed) alike."""
         marks = [self._marks(c) for c in range(len(self.columns))]
         extra = ["Parameters"] if self.parameters else []
-        lines = ["| " + " | ".join([self.title, *extra, *map(_escaped, self.columns)]) + " |"]
+        lines = ["| " + " | ".join([self.title, *extra, *map(escaped, self.columns)]) + " |"]
         lines.append("|" + "---|" + "---:|" * (len(extra) + len(self.columns)))
         for name, entries in self.rows.items():
             texts = [_marked(e, marks[c]) for c, e in enumerate(entries)]
             count = [_thousands(self.parameters.get(name))] if extra else []
-            lines.append("| " + " | ".join([_escaped(name), *count, *texts]) + " |")
+            lines.append("| " + " | ".join([escaped(name), *count, *texts]) + " |")
         return "\n".join(lines) + "\n"
 
     def csv(self) -> str:
@@ -63,9 +63,8 @@ class Table:
         text = io.StringIO()
         out = csv.writer(text, lineterminator="\n")
         extra = ["parameters"] if self.parameters else []
-        out.writerow(
-            [self.title, *extra, *(_no_formula(f"{c} {kind}") for c in self.columns for kind in ("mean", "std"))]
-        )
+        columns = [_no_formula(f"{c} {kind}") for c in self.columns for kind in ("mean", "std")]
+        out.writerow([self.title, *extra, *columns])
         for name, entries in self.rows.items():
             numbers: list[float | str] = []
             for e in entries:
@@ -120,7 +119,7 @@ def _marked(entry: Entry | None, marks: Sequence[str]) -> str:
     return (f"**{entry}**", f"<u>{entry}</u>", str(entry))[rank]
 
 
-def _escaped(name: str) -> str:
+def escaped(name: str) -> str:
     """A name in a cell: tasks are named by folders, whose names may hold links, HTML or the cell's end."""
     return "".join("\\" + c if c in "\\|[]<>`*" else c for c in name)
 

@@ -70,15 +70,16 @@ class Checkpoint:
 
 
 def _is_record(record: Any, epoch: int, runs: set[int]) -> bool:
-    """Whether this is an epoch's record as `tune` writes them: numbers for each run, or null for a loss that is none."""
-    if not isinstance(record, dict) or record.get("epoch") != epoch or not is_number(record.get("epoch")):
+    """Whether this is an epoch's record as `tune` writes them: numbers for each run, null where a loss is none."""
+    if not isinstance(record, dict) or type(record.get("epoch")) is not int or record["epoch"] != epoch:
         return False
-    lists = [record.get(key) for key in ("loss", "lr", "train_accuracy")] + [
-        record.get("test_accuracy", record.get("loss"))
-    ]
-    if not all(isinstance(values, list) and {len(values)} == runs for values in lists):
-        return False
-    return all(value is None or is_number(value) for values in lists for value in values)
+    for key in {"loss", "lr", "train_accuracy"} | (record.keys() & {"test_accuracy"}):
+        values = record.get(key)
+        if not isinstance(values, list) or {len(values)} != runs:
+            return False
+        if not all(is_number(value) or (key == "loss" and value is None) for value in values):
+            return False
+    return True
 
 
 def digest_of_images(images: Any) -> str:
