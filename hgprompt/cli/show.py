@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from hgprompt.data import ImageDataset, LabelledImages
     from hgprompt.pool import PromptPool
     from hgprompt.result import EnsembleResult
     from hgprompt.selection import Selection
@@ -46,6 +47,12 @@ def ensemble_numbers(result: EnsembleResult) -> dict[str, Any]:
         "source_rank_std": dict(zip(result.names, result.source_rank_std.tolist(), strict=True)),
         "gradient_cosines": result.gradient_cosines.tolist(),
     } | {key: getattr(result, key) for key in keys}
+
+
+def skipped_images(*images: LabelledImages | ImageDataset | None) -> dict[str, Any]:
+    """{"skipped_images": …} of what could not be read, JSON-able; {} where that is nothing."""
+    skipped = [part.skipped.to_dict() for part in images if part is not None and part.skipped is not None]
+    return {"skipped_images": skipped} if skipped else {}
 
 
 def print_memory(num_prompts: int, width: int, num_images: int, num_classes: int, itemsize: int) -> None:
