@@ -117,12 +117,12 @@ class PromptPool(Mapping[str, Tensor]):
         if backbone is not None and (
             first.shape[-1] != backbone.width or (first.ndim == 3 and len(first) != backbone.depth)
         ):
-            raise PromptError(f"prompts of shape {list(first.shape)} do not fit {backbone.name}: {backbone}")
+            raise PromptError(f"prompts of shape {list(first.shape)} do not fit {backbone.name}: {backbone!r:.600}")
         self.backbone = backbone
         self.metadata: dict[str, dict[str, Any]] = {name: dict((metadata or {}).get(name, {})) for name in names}
         unknown = set(metadata or {}) - set(names)
         if unknown:
-            raise PromptError(f"metadata of prompts that are not here: {sorted(unknown)[:5]}")
+            raise PromptError(f"metadata of prompts that are not here: {sorted(unknown)[:5]!r:.400}")
         try:
             json.dumps(self.metadata, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
@@ -234,7 +234,7 @@ class PromptPool(Mapping[str, Tensor]):
             raise FileFormatError(f"{path} is a safetensors file, but no prompt pool (PromptPool.save makes one)")
         if metadata.get("version") != _VERSION:
             raise FileFormatError(
-                f"{path} is a pool of version {metadata.get('version')!r}, this hgprompt reads {_VERSION}: update it"
+                f"{path} is a pool of version {metadata.get('version')!r:.50}, this hgprompt reads {_VERSION}: update it"
             )
         names, records = metadata.get("names"), metadata.get("prompts")
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):

@@ -115,7 +115,7 @@ class EnsembleResult:
         if record.get("format") != "hgprompt-ensemble" or record.get("version") != _VERSION:
             raise FileFormatError(
                 f"{path} is no hgprompt ensemble of version {_VERSION} "
-                f"(it says {record.get('format')!r}, version {record.get('version')!r})"
+                f"(it says {record.get('format')!r:.50}, version {record.get('version')!r:.50})"
             )
         try:
             if tensors.keys() != set(_TENSORS):
