@@ -234,7 +234,8 @@ class PromptPool(Mapping[str, Tensor]):
             raise FileFormatError(f"{path} is a safetensors file, but no prompt pool (PromptPool.save makes one)")
         if metadata.get("version") != _VERSION:
             raise FileFormatError(
-                f"{path} is a pool of version {metadata.get('version')!r:.50}, this hgprompt reads {_VERSION}: update it"
+                f"{path} is a pool of version {metadata.get('version')!r:.50}, this hgprompt reads {_VERSION}: "
+                "update it"
             )
         names, records = metadata.get("names"), metadata.get("prompts")
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):

@@ -227,12 +227,18 @@ def mutate_bytes(content: bytes, rng: random.Random, others: list[bytes]) -> byt
 
 def _safetensors(kind: str, rng: random.Random) -> bytes:
     """A file of tensors, changed in its metadata, its header, its data, or anywhere."""
-    content = rng.choice(_seeds()[kind])
+    return _changed_safetensors(kind, rng.choice(_seeds()[kind]), rng)
+
+
+def _changed_safetensors(kind: str, content: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.2:
         return mutate_bytes(content, rng, _seeds()[kind])
-    (length,) = struct.unpack("<Q", content[:8])
-    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
-    metadata = json.loads(header["__metadata__"]["hgprompt"])
+    try:
+        (length,) = struct.unpack("<Q", content[:8])
+        header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+        metadata = json.loads(header["__metadata__"]["hgprompt"])
+    except (ValueError, TypeError, LookupError, RecursionError, OverflowError, struct.error):
+        return mutate_bytes(content, rng, _seeds()[kind])
     for _ in range(rng.choice((1, 1, 2, 3))):
         what = rng.randrange(6)
         if what < 3:
@@ -255,10 +261,16 @@ def _safetensors(kind: str, rng: random.Random) -> bytes:
 
 
 def _cell(rng: random.Random) -> bytes:
-    content = _seeds()["cell"][0]
+    return _changed_json(_seeds()["cell"][0], rng)
+
+
+def _changed_json(content: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.3:
-        return mutate_bytes(content, rng, [content])
-    value = json.loads(content)
+        return mutate_bytes(content, rng, _seeds()["cell"])
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return mutate_bytes(content, rng, _seeds()["cell"])
     for _ in range(rng.choice((1, 2, 3))):
         value = mutate_json(value, rng)
     return json.dumps(value).encode()
@@ -282,8 +294,16 @@ def _list(rng: random.Random) -> bytes:
     return (rng.choice(("\n", "\r\n", "\r", "\n\n\n")).join(lines) + "\0" + classes).encode(errors="surrogatepass")
 
 
+def _changed_list(content: bytes, rng: random.Random) -> bytes:
+    return mutate_bytes(content, rng, _seeds()["list"])
+
+
 def _image(rng: random.Random) -> bytes:
-    content = mutate_bytes(rng.choice(_seeds()["image"]), rng, _seeds()["image"])
+    return _changed_image(rng.choice(_seeds()["image"]), rng)
+
+
+def _changed_image(content: bytes, rng: random.Random) -> bytes:
+    content = mutate_bytes(content, rng, _seeds()["image"])
     return with_right_crcs(content) if rng.random() < 0.8 else content
 
 
@@ -303,9 +323,10 @@ def with_right_crcs(content: bytes) -> bytes:
 
 
 def _json(rng: random.Random) -> bytes:
-    return (_cell(rng), *(_list(rng) for _ in range(0)))[0] if rng.random() < 0.7 else rng.choice((b"[", b'{"a":')) * (
-        rng.choice((1, 63, 65, 10_000))
-    ) + rng.choice((b"", b"1", b'"\\ud800"', b"]" * 70))
+    if rng.random() < 0.7:
+        return _cell(rng)
+    deep = rng.choice((b"[", b'{"a":')) * rng.choice((1, 63, 65, 10_000))
+    return deep + rng.choice((b"", b"1", b'"\\ud800"', b"]" * 70))
 
 
 # What reads them
@@ -429,12 +450,14 @@ class Target:
     """What reads hostile bytes.
 
     Attributes:
-        kind: of the good files to begin with. make: a hostile file. read: into a folder, from there, and used.
+        kind: of the good files to begin with. make: a hostile file. change: a file, once more.
+        read: into a folder, from there, and used.
         limit: bytes that may be allocated for a file of so many bytes, the reading program's own buffers included.
     """
 
     kind: str
     make: Callable[[random.Random], bytes]
+    change: Callable[[bytes, random.Random], bytes]
     read: Callable[[Path, bytes], None]
     limit: Callable[[int], int]
 
@@ -453,7 +476,9 @@ def _of_an_image(size: int) -> int:
 
 
 def _of_tensors(kind: str, read: Callable[[Path, bytes], None]) -> Target:
-    return Target(kind, functools.partial(_safetensors, kind), read, _of_a_file)
+    return Target(
+        kind, functools.partial(_safetensors, kind), functools.partial(_changed_safetensors, kind), read, _of_a_file
+    )
 
 
 TARGETS = {
@@ -462,8 +487,8 @@ TARGETS = {
     "tuned": _of_tensors("tuned", _read_tuned),
     "checkpoint": _of_tensors("checkpoint", _read_checkpoint),
     "tensors": _of_tensors("pool", _read_tensors),
-    "cell": Target("cell", _cell, _read_cell, _of_a_file),
-    "json": Target("cell", _json, _read_json, _of_a_file),
-    "list": Target("list", _list, _read_list, _of_a_file),
-    "image": Target("image", _image, _read_image, _of_an_image),
+    "cell": Target("cell", _cell, _changed_json, _read_cell, _of_a_file),
+    "json": Target("cell", _json, _changed_json, _read_json, _of_a_file),
+    "list": Target("list", _list, _changed_list, _read_list, _of_a_file),
+    "image": Target("image", _image, _changed_image, _read_image, _of_an_image),
 }

@@ -54,8 +54,8 @@ class Checkpoint:
             known = run if isinstance(run, dict) else {}
             changed = sorted(k for k in {*known, *self.run} if known.get(k) != self.run.get(k))
             raise OptionError(
-                f"{self.path} is the checkpoint of another run (it differs in {', '.join(changed)[:400]}): choose another "
-                "place, or delete it to begin again"
+                f"{self.path} is the checkpoint of another run (it differs in {', '.join(changed)[:400]}): choose "
+                "another place, or delete it to begin again"
             )
         shapes = {name: (value.shape, value.dtype) for name, value in like.items()}
         if {name: (value.shape, value.dtype) for name, value in stored.items()} != shapes:
