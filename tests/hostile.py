@@ -303,8 +303,35 @@ def _image(rng: random.Random) -> bytes:
 
 
 def _changed_image(content: bytes, rng: random.Random) -> bytes:
-    content = mutate_bytes(content, rng, _seeds()["image"])
+    content = _of_another_size(content, rng) if rng.random() < 0.1 else mutate_bytes(content, rng, _seeds()["image"])
     return with_right_crcs(content) if rng.random() < 0.8 else content
+
+
+def _of_another_size(content: bytes, rng: random.Random) -> bytes:
+    """An image whose header says another size, up to 2^31 pixels of a side; the coded pixels stay."""
+    data = bytearray(content)
+    width, height = (int(2 ** rng.uniform(0, rng.choice((8, 13, 16, 31)))) for _ in range(2))
+    short = struct.pack("<HH", width & 0xFFFF, height & 0xFFFF)
+    if content.startswith(b"\x89PNG"):
+        data[16:24] = struct.pack(">II", width, height)
+    elif content.startswith(b"BM"):
+        data[18:26] = struct.pack("<ii", width, height * rng.choice((-1, 1)) if height < 2**31 else 1)
+    elif content.startswith(b"GIF"):
+        place = rng.choice((6, content.find(b"\x2c") + 5))
+        data[place : place + 4] = short
+    elif content.startswith(b"RIFF"):
+        if content[12:16] == b"VP8X":
+            data[24:30] = (width & 0xFFFFFF).to_bytes(3, "little") + (height & 0xFFFFFF).to_bytes(3, "little")
+        else:
+            data[26:30] = short
+    elif content.startswith(b"\xff\xd8"):
+        place = max(content.find(b"\xff\xc0"), content.find(b"\xff\xc2")) + 5
+        data[place : place + 4] = struct.pack(">HH", height & 0xFFFF, width & 0xFFFF)
+    elif content.startswith(b"II"):
+        for tag, value in ((256, width), (257, height)):
+            place = content.find(struct.pack("<H", tag))
+            data[place + 2 : place + 12] = struct.pack("<HII", 4, 1, value)
+    return bytes(data)
 
 
 def with_right_crcs(content: bytes) -> bytes:
