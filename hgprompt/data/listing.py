@@ -19,7 +19,7 @@ from hgprompt.errors import DataError, FileFormatError
 from hgprompt.files import open_regular
 
 MAX_SAMPLES = 4_000_000
-"""Images of a folder; each takes about 700 bytes, of its path."""
+"""Images of a folder; each takes about 450 bytes, of its path."""
 MAX_CLASSES = 100_000
 MAX_LINE = 10_000
 MAX_LIST_BYTES = 2**30
