@@ -171,7 +171,11 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
             walk(child)
 
     root = [value]
-    walk(root)
+    try:
+        walk(root)
+    except RecursionError:  # changed so often that it is too deep to change: begin again
+        root, places = [[]], []
+        walk(root)
     holder, key = rng.choice(places)
     kind = rng.randrange(8)
     if kind < 3:
