@@ -294,18 +294,23 @@ def main() -> None:
         if (before["commit"], before["seed"]) == (record["commit"], record["seed"]):
             record["made"], record["guided"] = before["made"], before["guided"]
             record["versions"] |= before["versions"]
-    for name in names if arguments.cases else ():
-        record["made"][name] = made(name, arguments.seed, arguments.cases, arguments.found)
-        print(name, json.dumps(record["made"][name]), flush=True)
-    for name in names if arguments.seconds else ():
-        record["guided"][name] = guided(name, arguments.seed, arguments.seconds, arguments.found)
-        print(name, "guided", json.dumps(record["guided"][name]), flush=True)
-    record["cases"] = sum(part["cases"] or 0 for kind in ("made", "guided") for part in record[kind].values())
-    record["findings"] = sum(sum(p["findings"].values()) for p in record["made"].values())
-    record["findings"] += sum(p["crashes"] for p in record["guided"].values())
-    print(f"{record['cases']} cases, {record['findings']} findings", flush=True)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    for kind in ("made", "guided"):
+        for name in names if (arguments.cases if kind == "made" else arguments.seconds) else ():
+            if kind == "made":
+                result = made(name, arguments.seed, arguments.cases, arguments.found)
+            else:
+                result = guided(name, arguments.seed, arguments.seconds, arguments.found)
+            print(kind, name, json.dumps(result), flush=True)
+            record[kind][name] = result
+            if arguments.out:  # a run that is ended has what it has done
+                arguments.out.write_text(json.dumps(summed(record), indent=1) + "\n")
+
+
+def summed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the numbers of all cases and findings."""
+    parts = [part for kind in ("made", "guided") for part in record[kind].values()]
+    found = sum(sum(p["findings"].values()) if "findings" in p else p["crashes"] for p in parts)
+    return record | {"cases": sum(part["cases"] or 0 for part in parts), "findings": found}
 
 
 if __name__ == "__main__":
