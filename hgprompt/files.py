@@ -1,7 +1,8 @@
 """Reading and writing files: the one place that does. What is read is data from strangers, never code.
 
-Written files appear whole or not at all (temporary name, then rename). Read files are checked before anything is
-allocated for them; tensors are then parsed by the safetensors library.
+Written files appear whole or not at all (temporary name, then rename). Read files are opened once and checked before
+anything is allocated for them; tensors are then read from the same descriptor, so that what was checked is what is
+read, and nothing that happens to the file later reaches them.
 """
 
 from __future__ import annotations
@@ -13,34 +14,34 @@ import itertools
 import json
 import math
 import os
+import stat
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from hgprompt import strict_json
 from hgprompt.errors import FileFormatError, OutputError
 
 MAX_FILE_BYTES = 8 * 2**30
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_TENSORS = 200_000
 _METADATA_KEY = "hgprompt"
-_DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-    "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
-_DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _CHECKSUM = "sha256"
 _BLOCK = 2**20
 _SUFFIX = ".tmp"
+_MAX_DIMENSIONS = 16
 
 
 def make_directory(path: str | Path) -> Path:
@@ -187,27 +188,65 @@ def read_safetensors(
 
     Raises:
         FileFormatError: missing, no regular file, too large, truncated, a pickle, or inconsistent in any way.
+
+    Tensors take the file's bytes in memory, once; the header and the metadata what `hgprompt.strict_json` says.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            header = _read_header(path, file, max_bytes, max_header_bytes)
+    with open_regular(path, max_bytes) as file:
+        try:
+            header, start = _read_header(path, file, max_header_bytes)
             if checksum:
                 _check_checksum(path, file, header)
-    except IsADirectoryError as error:
-        raise FileFormatError(f"{path} is a directory, not a safetensors file") from error
+                del header[_CHECKSUM]
+            metadata = _metadata(path, header)
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            return {name: _read_tensor(path, file, name, entry, start) for name, entry in entries.items()}, metadata
+        except OSError as error:
+            raise FileFormatError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def read_json(path: str | Path, *, max_bytes: int) -> Any:
+    """The value of a JSON file of any origin, with the limits of `hgprompt.strict_json`.
+
+    Raises:
+        FileFormatError: missing, no regular file, too large, or no such JSON.
+    """
+    path = Path(path)
+    with open_regular(path, max_bytes) as file:
+        try:
+            return strict_json.parse(file.read(max_bytes))
+        except (OSError, ValueError, RecursionError) as error:
+            raise FileFormatError(f"{path} is no JSON that can be read ({error!s:.200})") from error
+
+
+@contextlib.contextmanager
+def open_regular(path: str | Path, max_bytes: int) -> Iterator[BinaryIO]:
+    """A regular file, open for reading: a FIFO or a terminal in its place is refused, and not waited for.
+
+    Raises:
+        FileFormatError: missing, not readable, no regular file, or over `max_bytes`.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except FileNotFoundError as error:
         raise FileFormatError(f"{path} does not exist") from error
     except OSError as error:
         raise FileFormatError(f"cannot read {path}: {error.strerror or error}") from error
-    metadata = _metadata(path, header)
+    except ValueError as error:  # a name with a NUL, or with half of a surrogate pair
+        raise FileFormatError(f"{str(path)!r:.200} names no file ({error})") from error
     try:
-        tensors = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        raise FileFormatError(f"{path} is no readable safetensors file: {error}") from error
-    if checksum:
-        del tensors[_CHECKSUM]
-    return tensors, metadata
+        found = os.fstat(descriptor)
+        if stat.S_ISDIR(found.st_mode):  # which os.fdopen would not take
+            raise FileFormatError(f"{path} is a directory, not a file")
+        if not stat.S_ISREG(found.st_mode):
+            raise FileFormatError(f"{path} is not a regular file")
+        if found.st_size > max_bytes:
+            raise FileFormatError(f"{path} is {found.st_size} bytes, over the limit of {max_bytes}")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        yield file
 
 
 def remove_temporaries(path: Path) -> None:
@@ -261,12 +300,9 @@ def _check_checksum(path: Path, file: BinaryIO, header: dict[str, Any]) -> None:
         raise FileFormatError(f"{path} is damaged: its checksum is not that of its content")
 
 
-def _read_header(path: Path, file: BinaryIO, max_bytes: int, max_header_bytes: int) -> dict[str, Any]:
+def _read_header(path: Path, file: BinaryIO, max_header_bytes: int) -> tuple[dict[str, Any], int]:
+    """The checked header, and where the tensors' bytes begin."""
     size = os.fstat(file.fileno()).st_size
-    if not path.is_file():
-        raise FileFormatError(f"{path} is not a regular file")
-    if size > max_bytes:
-        raise FileFormatError(f"{path} is {size} bytes, over the limit of {max_bytes}")
     start = file.read(9)
     # The first eight bytes are a length and may be anything; a header opens with a brace, a pickle never has one there.
     if start[8:] != b"{" and (start[:1] == b"\x80" or start[:2] == b"PK"):
@@ -284,13 +320,26 @@ def _read_header(path: Path, file: BinaryIO, max_bytes: int, max_header_bytes: i
             f"(file: {size}, limit: {max_header_bytes})"
         )
     try:
-        header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
+        header = strict_json.parse(file.read(length))
     except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path} is no safetensors file: its header is no valid JSON ({error})") from error
+        raise FileFormatError(f"{path} is no safetensors file: its header is no valid JSON ({error!s:.200})") from error
     if not isinstance(header, dict):
         raise FileFormatError(f"{path} is no safetensors file: its header is no JSON object")
     _check_layout(path, header, size - 8 - length)
-    return header
+    return header, 8 + length
+
+
+def _read_tensor(path: Path, file: BinaryIO, name: str, entry: dict[str, Any], start: int) -> Tensor:
+    """A tensor in memory of its own; `_check_layout` has seen its entry. Files are little-endian, and so are we."""
+    tensor = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
+    if tensor.numel():
+        content = tensor.reshape(-1).view(torch.uint8)
+        file.seek(start + entry["data_offsets"][0])
+        if file.readinto(content.numpy()) != content.numel():  # type: ignore[attr-defined]
+            raise FileFormatError(f"{path} was cut off while it was read: write files whole, or copy it first")
+        if tensor.dtype == torch.bool and int(content.max()) > 1:
+            raise FileFormatError(f"{path}: tensor {name[:80]!r} is of truth values, and has others")
+    return tensor
 
 
 def _check_layout(path: Path, header: dict[str, Any], num_bytes: int) -> None:
@@ -303,8 +352,10 @@ def _check_layout(path: Path, header: dict[str, Any], num_bytes: int) -> None:
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             sizes = [*shape, begin, end]
-            valid = all(type(s) is int and 0 <= s < 2**63 for s in sizes)
-            valid = valid and end - begin == math.prod(shape) * _DTYPE_BYTES[dtype]
+            valid = len(shape) <= _MAX_DIMENSIONS and all(type(s) is int and 0 <= s < 2**63 for s in sizes)
+            valid = valid and end - begin == math.prod(shape) * _DTYPES[dtype].itemsize
+            # Of an empty tensor too, PyTorch multiplies the sizes in 64 bits.
+            valid = valid and math.prod(max(s, 1) for s in shape) < 2**60
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path}: tensor {name[:80]!r} is described wrongly ({error!r:.80})") from error
         if not valid:
@@ -320,26 +371,14 @@ def _check_layout(path: Path, header: dict[str, Any], num_bytes: int) -> None:
 
 
 def _metadata(path: Path, header: dict[str, Any]) -> dict[str, Any]:
-    text = (
-        (header.get("__metadata__") or {}).get(_METADATA_KEY) if isinstance(header.get("__metadata__"), dict) else None
-    )
+    own = header.get("__metadata__")
+    text = own.get(_METADATA_KEY) if isinstance(own, dict) else None
     if text is None:
         return {}
     try:
-        metadata = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise FileFormatError(f"{path}: its hgprompt metadata is no valid JSON ({error})") from error
+        metadata = strict_json.parse(text.encode())
+    except (AttributeError, ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path}: its hgprompt metadata is no valid JSON ({error!s:.200})") from error
     if not isinstance(metadata, dict):
         raise FileFormatError(f"{path}: its hgprompt metadata is no JSON object")
     return metadata
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
-    return result
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

@@ -84,7 +84,7 @@ def plot_comparison(comparison: Comparison, title: str, path: str | Path) -> Non
         _draw_cosines(figure, axes[1], names, cosines[np.ix_(order, order)])
     chance = 100 / comparison.num_classes
     _draw_curves(axes[-1], comparison.starts, comparison.curve_epochs, comparison.curves.numpy(), chance)
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(shortened(title, 80), fontsize=13)
     save_figure(figure, Path(path))
 
 
@@ -183,6 +183,10 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):  # names in it come from strangers: TeX could read files
+        text.set_usetex(False)
     drawn = io.BytesIO()
     try:
         figure.savefig(drawn, dpi=150, format=path.suffix.removeprefix(".") or "png")
@@ -192,4 +196,6 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def shortened(name: str, length: int = 24) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+    """A name as a label: cut, and never read as a formula, which dollar signs would make it."""
+    short = name if len(name) <= length else name[: length - 1] + "…"
+    return short.replace("$", r"\$")

@@ -18,7 +18,11 @@ from hgprompt.errors import FileFormatError, HGPromptWarning, PromptError
 _FORMAT, _VERSION = "hgprompt-pool", 1
 _PREFIX = "prompts."
 _MAX_NAME = 200
-_MAX_EXTENT = 16_384  # width, depth, pixels: what a stranger's file can make us allocate
+# What a stranger's file can make us allocate: its prompts in float32, and a backbone for images of this size.
+_MAX_BYTES = 8 * 2**30
+_MAX_EXTENT = 16_384  # width, depth
+_MAX_PIXELS = 4096  # of a side
+_NEAR = 10_000  # names that a mistyped one is compared with
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,12 @@ class BackboneInfo:
             name, fingerprint = record["name"], record["fingerprint"]
             numbers = [record["width"], record["depth"], *record["image_size"]]
             good = len(numbers) == 4 and all(type(n) is int and 0 < n <= _MAX_EXTENT for n in numbers)
-            good = (
-                good and isinstance(name, str) and isinstance(fingerprint, str) and len(name) + len(fingerprint) < 1000
-            )
+            good = good and max(numbers[2:]) <= _MAX_PIXELS
             mean, std = (_channels(record.get(key)) for key in ("mean", "std"))
+            good = good and (std is None or min(std) > 0)
             interpolation = record.get("interpolation")
-            good = good and (interpolation is None or (isinstance(interpolation, str) and len(interpolation) < 100))
+            texts = [name, fingerprint, "" if interpolation is None else interpolation]
+            good = good and all(isinstance(t, str) and len(t) < 500 and t.isprintable() for t in texts)
         except (AttributeError, KeyError, TypeError) as error:
             raise FileFormatError(f"the backbone's record is incomplete: {error!r}") from error
         if not good:
@@ -113,12 +117,12 @@ class PromptPool(Mapping[str, Tensor]):
         if backbone is not None and (
             first.shape[-1] != backbone.width or (first.ndim == 3 and len(first) != backbone.depth)
         ):
-            raise PromptError(f"prompts of shape {list(first.shape)} do not fit {backbone.name}: {backbone}")
+            raise PromptError(f"prompts of shape {list(first.shape)} do not fit {backbone.name}: {backbone!r:.600}")
         self.backbone = backbone
         self.metadata: dict[str, dict[str, Any]] = {name: dict((metadata or {}).get(name, {})) for name in names}
         unknown = set(metadata or {}) - set(names)
         if unknown:
-            raise PromptError(f"metadata of prompts that are not here: {sorted(unknown)[:5]}")
+            raise PromptError(f"metadata of prompts that are not here: {sorted(unknown)[:5]!r:.400}")
         try:
             json.dumps(self.metadata, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
@@ -230,7 +234,8 @@ class PromptPool(Mapping[str, Tensor]):
             raise FileFormatError(f"{path} is a safetensors file, but no prompt pool (PromptPool.save makes one)")
         if metadata.get("version") != _VERSION:
             raise FileFormatError(
-                f"{path} is a pool of version {metadata.get('version')!r}, this hgprompt reads {_VERSION}: update it"
+                f"{path} is a pool of version {metadata.get('version')!r:.50}, this hgprompt reads {_VERSION}: "
+                "update it"
             )
         names, records = metadata.get("names"), metadata.get("prompts")
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
@@ -242,6 +247,9 @@ class PromptPool(Mapping[str, Tensor]):
         backbone = metadata.get("backbone")
         info = None if backbone is None else BackboneInfo.from_dict(backbone)
         try:
+            size = sum(t.numel() * max(4, t.itemsize) for t in tensors.values())
+            if size > _MAX_BYTES:
+                raise PromptError(f"its prompts take {size} bytes in float32, over the limit of {_MAX_BYTES}")
             return cls({n: tensors[_PREFIX + n] for n in names}, backbone=info, metadata=records)
         except PromptError as error:
             raise PromptError(f"{path}: {error}") from error
@@ -271,7 +279,7 @@ class UnknownPromptError(PromptError, KeyError):
     """A name that the pool does not have."""
 
     def __init__(self, name: str, known: Sequence[str]) -> None:
-        near = difflib.get_close_matches(str(name), known, n=3)
+        near = difflib.get_close_matches(str(name)[:_MAX_NAME], known[:_NEAR], n=3)
         hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"there are {', '.join(known[:10])}"
         self._message = f"no prompt is named {name!r}; {hint}"
         super().__init__(self._message)

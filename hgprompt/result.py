@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hgprompt.errors import FileFormatError
-from hgprompt.pool import BackboneInfo
+from hgprompt.pool import BackboneInfo, check_name
 
 _VERSION = 2
 _TENSORS = (
@@ -115,9 +115,11 @@ class EnsembleResult:
         if record.get("format") != "hgprompt-ensemble" or record.get("version") != _VERSION:
             raise FileFormatError(
                 f"{path} is no hgprompt ensemble of version {_VERSION} "
-                f"(it says {record.get('format')!r}, version {record.get('version')!r})"
+                f"(it says {record.get('format')!r:.50}, version {record.get('version')!r:.50})"
             )
         try:
+            if tensors.keys() != set(_TENSORS):
+                raise ValueError(f"its tensors are {sorted(tensors)[:20]!r:.300}")
             fields = {f.name: record[f.name] for f in dataclasses.fields(cls) if f.name not in _TENSORS}
             fields |= {name: tensors[name] for name in _TENSORS}
             fields["names"], fields["classes"] = tuple(fields["names"]), tuple(fields["classes"])
@@ -128,7 +130,7 @@ class EnsembleResult:
             _check_types(fields)
             result = cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{path} is incomplete or not understood: {error}") from error
+            raise FileFormatError(f"{path} is incomplete or not understood: {error!s:.400}") from error
         m = len(result.names)
         for name, shape in {
             "weights": (m,), "weight_std": (m,), "source_h_scores": (m,), "source_h_score_std": (m,),
@@ -136,6 +138,16 @@ class EnsembleResult:
         }.items():  # fmt: skip
             if tuple(tensors[name].shape) != shape:
                 raise FileFormatError(f"{path}: {name} is {list(tensors[name].shape)}, expected {list(shape)}")
+        weights, prompt = result.weights, result.prompt
+        if not all(tensor.is_floating_point() and tensor.itemsize >= 4 for tensor in tensors.values()):
+            raise FileFormatError(f"{path}: a tensor is not float32 or float64")
+        # Saved weights are on the simplex to float64's rounding; NaN compares as false.
+        if not (bool((weights >= -1e-6).all()) and abs(float(weights.sum()) - 1) < 1e-3):
+            raise FileFormatError(f"{path}: its weights are not on the simplex")
+        if prompt.ndim not in (2, 3) or prompt.numel() == 0 or not bool(prompt.isfinite().all()):
+            raise FileFormatError(f"{path}: its prompt is {list(prompt.shape)}, or holds NaN or infinity")
+        if prompt.shape[-1] != result.backbone.width or (prompt.ndim == 3 and len(prompt) != result.backbone.depth):
+            raise FileFormatError(f"{path}: its prompt {list(prompt.shape)} does not fit its backbone")
         return result
 
     def plot(self, path: str | Path) -> None:
@@ -175,14 +187,27 @@ def _check_types(fields: dict[str, Any]) -> None:
                  "sample_h_score",
                  "sample_h_score_mixed_prompt", "shrinkage_intensity", "lam", "n_images", "n_classes",
                  "n_gradient_images", "kept_bytes"):  # fmt: skip
-        if not isinstance(fields[name], (int, float)):
+        if not is_number(fields[name]):
             raise TypeError(f"{name} is no number")
-    if not all(isinstance(n, str) for n in fields["names"]) or not all(type(c) is int for c in fields["classes"]):
-        raise TypeError("names are texts and classes integers")
-    if not isinstance(fields["stop_reason"], str):
+    for name in ("n_images", "n_classes", "n_gradient_images", "kept_bytes"):
+        if type(fields[name]) is not int or fields[name] < 0:
+            raise TypeError(f"{name} is no count")
+    for name in fields["names"]:
+        check_name(name)
+    if not fields["names"] or len(set(fields["names"])) != len(fields["names"]):
+        raise TypeError("there are no names, or one stands twice")
+    if not all(type(c) is int and 0 <= c < 2**63 for c in fields["classes"]):
+        raise TypeError("classes are integers")
+    reason = fields["stop_reason"]
+    if not isinstance(reason, str) or len(reason) > 200 or not reason.isprintable():
         raise TypeError("stop_reason is no text")
     if not isinstance(fields["converged"], bool) or not isinstance(fields["settings"], dict):
         raise TypeError("converged or settings are of another type")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a file is a number that a float holds (NaN is one); True and False are none."""
+    return type(value) in (int, float) and (value != value or abs(value) < 2.0**1000)
 
 
 def jsonable(value: Any) -> Any:

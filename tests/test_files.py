@@ -170,3 +170,81 @@ def test_places_that_cannot_be_written(tmp_path):
             write_text(path, "")
     with pytest.raises(OutputError, match="cannot make the directory"):
         make_directory(tmp_path / "file" / "sub")
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_as_it_was_opened(tmp_path, monkeypatch):
+    """Checked and read through one descriptor: neither a swap nor what comes later reaches the tensors."""
+    path = tmp_path / "x"
+    write_safetensors(path, TENSORS, {})
+    check = files._check_layout
+
+    def swap(*arguments):
+        check(*arguments)
+        write_safetensors(path, {"other": torch.zeros(9)}, {})
+
+    monkeypatch.setattr(files, "_check_layout", swap)
+    tensors, _ = read_safetensors(path)
+    assert tensors.keys() == TENSORS.keys()
+    monkeypatch.setattr(files, "_check_layout", check)
+    write_safetensors(path, TENSORS, {})
+    tensors, _ = read_safetensors(path)
+    os.truncate(path, 10)  # a memory map would now kill the process
+    assert all(torch.equal(tensors[k], v) for k, v in TENSORS.items())
+
+    def cut(*arguments):
+        check(*arguments)
+        os.truncate(path, os.path.getsize(path) - 5)
+
+    write_safetensors(path, {"a": torch.zeros(100_000)}, {})  # more than is read ahead
+    monkeypatch.setattr(files, "_check_layout", cut)
+    with pytest.raises(FileFormatError, match="cut off"):
+        read_safetensors(path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, kind):
+    if kind == "fifo":
+        os.mkfifo(tmp_path / "x")
+    else:
+        (tmp_path / "x").symlink_to("/dev/zero")
+    with pytest.raises(FileFormatError, match="not a regular file"):
+        read_safetensors(tmp_path / "x")
+
+
+def test_every_dtype_is_read_as_safetensors_reads_it(tmp_path):
+    from safetensors.torch import load_file
+
+    g = torch.Generator().manual_seed(0)
+    wanted = {}
+    for i, dtype in enumerate(files._DTYPES.values()):
+        raw = torch.randint(0, 2 if dtype is torch.bool else 256, (3, 2, dtype.itemsize), generator=g)
+        wanted[f"t{i}"] = raw.to(torch.uint8).view(dtype).squeeze(-1)
+    wanted |= {"empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5)}
+    save_file(wanted, tmp_path / "x")
+    ours, theirs = read_safetensors(tmp_path / "x")[0], load_file(tmp_path / "x")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape)
+        if tensor.numel():
+            bits = [t.contiguous().reshape(-1).view(torch.uint8) for t in (ours[name], tensor)]
+            assert torch.equal(*bits), name
+
+
+def test_truth_values_are_0_or_1(tmp_path):
+    (tmp_path / "x").write_bytes(_raw({"a": _entry(0, 2, (2,), "BOOL")}, b"\x01\x02"))
+    with pytest.raises(FileFormatError, match="truth values"):
+        read_safetensors(tmp_path / "x")
+
+
+def test_a_header_of_many_values_takes_no_memory(tmp_path):
+    """16 MB of empty objects would be a gigabyte of them: refused before the parser sees it."""
+    import tracemalloc
+
+    text = b'{"a":[' + b"{}," * (5 * 2**20) + b"0]}"
+    (tmp_path / "x").write_bytes(_raw(text))
+    tracemalloc.start()
+    with pytest.raises(FileFormatError, match="values, over the limit"):
+        read_safetensors(tmp_path / "x")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * len(text)

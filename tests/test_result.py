@@ -75,6 +75,38 @@ def test_damaged_and_foreign_files(result, tmp_path):
         EnsembleResult.load(tmp_path)
 
 
+HARMFUL = {
+    "NaN weights": lambda t, r: t | {"weights": t["weights"] * torch.nan},
+    "weights off the simplex": lambda t, r: t | {"weights": t["weights"] * 2},
+    "negative weights": lambda t, r: t | {"weights": torch.tensor([2.0, -1.0], dtype=torch.float64)},
+    "integer weights": lambda t, r: t | {"weights": torch.tensor([1, 0])},
+    "NaN prompt": lambda t, r: t | {"prompt": t["prompt"] * torch.inf},
+    "prompt of another backbone": lambda t, r: t | {"prompt": torch.zeros(2, 17)},
+    "prompt of one dimension": lambda t, r: t | {"prompt": torch.zeros(16)},
+    "another tensor": lambda t, r: t | {"more": torch.zeros(3)},
+    "no number": lambda t, r: r | {"h_score": True},
+    "a number beyond float64": lambda t, r: r | {"h_score": 10**400},
+    "half an image": lambda t, r: r | {"n_images": 1.5},
+    "one name for two": lambda t, r: r | {"names": ["a", "a"]},
+    "a name that steers": lambda t, r: r | {"names": ["a", "\x1b[2J"]},
+    "no names": lambda t, r: r | {"names": []},
+    "no class": lambda t, r: r | {"classes": [-1]},
+    "a reason that steers": lambda t, r: r | {"stop_reason": "\x1b[2J"},
+}
+
+
+@pytest.mark.parametrize("change", HARMFUL.values(), ids=HARMFUL)
+def test_harmful_files(result, tmp_path, change):
+    result.save(tmp_path)
+    path = tmp_path / "ensemble.safetensors"
+    tensors, record = read_safetensors(path)
+    changed = change(tensors, record)
+    is_record = "format" in changed
+    write_safetensors(path, tensors if is_record else changed, changed if is_record else record)
+    with pytest.raises(FileFormatError):
+        EnsembleResult.load(tmp_path)
+
+
 def test_unwritable_places(result, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot make"):

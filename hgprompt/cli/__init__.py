@@ -54,8 +54,15 @@ app.command()(inspect)
 app.command()(reproduce)
 
 
+def _printable(text: str) -> str:
+    """Names of files and what stands in them come from strangers: nothing that steers a terminal."""
+    from hgprompt.cli.show import plain
+
+    return "\n".join(map(plain, text.split("\n")))
+
+
 def _show_warning(message: Any, *_: Any) -> None:
-    typer.secho(f"warning: {message}", fg="yellow", err=True)
+    typer.secho(f"warning: {_printable(str(message))}", fg="yellow", err=True)
 
 
 def main() -> None:
@@ -67,7 +74,7 @@ def main() -> None:
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             code = app(standalone_mode=False)
     except HGPromptError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        typer.secho(f"error: {_printable(str(error))}", fg="red", err=True)
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         code = 130

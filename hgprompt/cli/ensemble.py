@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ def ensemble(
     image_size: options.ImageSize = None,
     split: options.Split = "train800val200",
     limit: options.Limit = None,
+    bad_images: options.BadImages = "stop",
     exclude: Annotated[
         list[str] | None, typer.Option(help="Leave this prompt of the pool out; may be given several times.")
     ] = None,
@@ -71,7 +73,7 @@ def ensemble(
         prompts = prompts.without(*exclude)
     with output_directory(out):
         vit = options.load_backbone(prompts.backbone, backbone, weights, device, dtype, image_size)
-        images = options.load_images(data, split, vit, limit=limit, quiet=quiet or as_json)
+        images = options.load_images(data, split, vit, limit=limit, quiet=quiet or as_json, bad_images=bad_images)
         if not (quiet or as_json):
             show.print_memory(len(prompts), vit.width, len(images), images.num_classes, vit.dtype.itemsize)
         result = fast_ensemble(
@@ -86,13 +88,15 @@ def ensemble(
             checkpoint_dir=checkpoint_dir,
             progress=not (quiet or as_json),
         )
+        skipped = show.skipped_images(images)
+        result = dataclasses.replace(result, settings=result.settings | skipped)
         result.save(out)
         files = [out / "ensemble.safetensors", out / "report.json"]
         if plot:
             result.plot(out / "ensemble.png")
             files.append(out / "ensemble.png")
     if as_json:
-        show.print_json(show.ensemble_numbers(result) | {"files": files})
+        show.print_json(show.ensemble_numbers(result) | {"files": files} | skipped)
         return
     show.print_ensemble(result, options.task_name(data))
     show.print_files(files)

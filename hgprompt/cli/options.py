@@ -57,6 +57,14 @@ Limit = Annotated[
     int | None,
     typer.Option(help="Use at most this many images, classes in turn; of a procedural task, 1000.", min=1),
 ]
+BadImages = Annotated[
+    str,
+    typer.Option(
+        "--bad-images",
+        help="What becomes of an image that cannot be read: stop, or skip (left out, counted and named; an error where "
+        "it is more than half of them, or all of a class).",
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(
@@ -209,7 +217,7 @@ def _dtype(name: str, device: str) -> torch.dtype:
 
 
 def load_images(
-    data: str, split: str, vit: FrozenViT, *, limit: int | None, quiet: bool = True
+    data: str, split: str, vit: FrozenViT, *, limit: int | None, quiet: bool = True, bad_images: str = "stop"
 ) -> LabelledImages | ImageDataset:
     """The images of a folder, or rendered ones. The same limit means the same images in every command."""
     from hgprompt.data import load_task, open_images
@@ -229,6 +237,7 @@ def load_images(
             interpolation=vit.interpolation,
             limit=limit,
             report=lambda done, total: report("decoding", done, total),
+            bad_images=bad_images,  # type: ignore[arg-type]
         )
 
 

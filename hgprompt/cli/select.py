@@ -31,6 +31,7 @@ def select(
     image_size: options.ImageSize = None,
     split: options.Split = "train800val200",
     limit: options.Limit = None,
+    bad_images: options.BadImages = "stop",
     batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1)] = 16,
     dtype: options.Dtype = "float32",
     device: options.Device = None,
@@ -50,7 +51,7 @@ def select(
     prompts = PromptPool.load(pool)
     check_writable(out.parent)
     vit = options.load_backbone(prompts.backbone, backbone, weights, device, dtype, image_size)
-    images = options.load_images(data, split, vit, limit=limit, quiet=quiet or as_json)
+    images = options.load_images(data, split, vit, limit=limit, quiet=quiet or as_json, bad_images=bad_images)
     found = select_prompts(
         prompts,
         options.batches(images, batch_size, seed=seed),
@@ -63,7 +64,7 @@ def select(
     )
     found.pool.save(out)
     if as_json:
-        show.print_json(show.selection_numbers(found) | {"files": [out]})
+        show.print_json(show.selection_numbers(found) | {"files": [out]} | show.skipped_images(images))
         return
     show.print_selection(found, options.task_name(data), len(prompts))
     show.print_files([out])

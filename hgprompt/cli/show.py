@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from hgprompt.data import ImageDataset, LabelledImages
     from hgprompt.pool import PromptPool
     from hgprompt.result import EnsembleResult
     from hgprompt.selection import Selection
@@ -46,6 +47,12 @@ def ensemble_numbers(result: EnsembleResult) -> dict[str, Any]:
         "source_rank_std": dict(zip(result.names, result.source_rank_std.tolist(), strict=True)),
         "gradient_cosines": result.gradient_cosines.tolist(),
     } | {key: getattr(result, key) for key in keys}
+
+
+def skipped_images(*images: LabelledImages | ImageDataset | None) -> dict[str, Any]:
+    """{"skipped_images": …} of what could not be read, JSON-able; {} where that is nothing."""
+    skipped = [part.skipped.to_dict() for part in images if part is not None and part.skipped is not None]
+    return {"skipped_images": skipped} if skipped else {}
 
 
 def print_memory(num_prompts: int, width: int, num_images: int, num_classes: int, itemsize: int) -> None:
@@ -138,7 +145,7 @@ def print_pool(pool: PromptPool, title: str = "") -> None:
         size = "×".join(map(str, pool.backbone.image_size))
         console.print(
             f"backbone: {escape(plain(pool.backbone.name))}, depth {pool.backbone.depth}, {size} pixels, "
-            f"weights {plain(pool.backbone.fingerprint[:16]) or 'not recorded'}"
+            f"weights {escape(plain(pool.backbone.fingerprint[:16])) or 'not recorded'}"
         )
     for column in ("prompt", "RMS", "provenance"):
         table.add_column(column, justify="right" if column == "RMS" else "left", overflow="fold")
@@ -259,4 +266,4 @@ def _table(title: str) -> tuple[Console, Table]:
     from rich.markup import escape
     from rich.table import Table
 
-    return Console(), Table(title=escape(plain(title)) or None, title_justify="left")
+    return Console(emoji=False), Table(title=escape(plain(title)) or None, title_justify="left")

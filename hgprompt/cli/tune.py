@@ -40,6 +40,7 @@ def train_source(
     deep: Annotated[bool, typer.Option("--deep", help="Prompt tokens of its own for every block (VPT-deep).")] = False,
     split: options.Split = "train800val200",
     limit: options.Limit = None,
+    bad_images: options.BadImages = "stop",
     epochs: options.Epochs = 20,
     batch_size: options.BatchSize = 32,
     optimizer: options.Optimizer = "adamw",
@@ -92,7 +93,9 @@ def train_source(
     config = _config(epochs, batch_size, optimizer, lr, head_lr, weight_decay, warmup, prompt_dropout, seed)
     check_writable(pool.parent)
     # What cannot be read is an error before the work, not in the middle of it.
-    all_images = [options.load_images(d, split, vit, limit=limit, quiet=quiet or as_json) for d in data]
+    all_images = [
+        options.load_images(d, split, vit, limit=limit, quiet=quiet or as_json, bad_images=bad_images) for d in data
+    ]
     records = [_record(images, vit, config) for images in all_images]
     todo = _not_yet_there(names, records, known, pool)
     start = random_prompt(vit, tokens, deep=deep, seed=seed)
@@ -115,7 +118,7 @@ def train_source(
     assert known is not None
     if as_json:
         trained = {name: known.metadata[name] for name in names}
-        show.print_json({"trained": trained, "pool": list(known), "files": [pool]})
+        show.print_json({"trained": trained, "pool": list(known), "files": [pool]} | show.skipped_images(*all_images))
         return
     show.print_pool(known, title=str(pool.name))
     if todo:
@@ -150,6 +153,7 @@ def tune(
     ] = None,
     evaluate_every: Annotated[int, typer.Option(help="Epochs between tests; 0: after the last alone.", min=0)] = 1,
     limit: options.Limit = None,
+    bad_images: options.BadImages = "stop",
     epochs: options.Epochs = 20,
     batch_size: options.BatchSize = 32,
     optimizer: options.Optimizer = "adamw",
@@ -185,8 +189,8 @@ def tune(
             info, backbone, weights, device, dtype, image_size, "mini", mean, std, interpolation
         )
         config = _config(epochs, batch_size, optimizer, lr, head_lr, weight_decay, warmup, prompt_dropout, seed)
-        images = options.load_images(data, split, vit, limit=limit, quiet=quiet or as_json)
-        tested = None if test is None else _test_images(data, test, images, vit, quiet or as_json)
+        images = options.load_images(data, split, vit, limit=limit, quiet=quiet or as_json, bad_images=bad_images)
+        tested = None if test is None else _test_images(data, test, images, vit, quiet or as_json, bad_images)
         if prompt is None:
             prompt = random_prompt(vit, tokens or 10, deep=deep, seed=seed)
         elif info is not None:
@@ -201,7 +205,8 @@ def tune(
         checkpoint.unlink(missing_ok=True)
     if as_json:
         last = result.history[-1]
-        show.print_json({"task": result.task, "start": start, "last": last, "files": files})
+        skipped = show.skipped_images(images, tested)
+        show.print_json({"task": result.task, "start": start, "last": last, "files": files} | skipped)
         return
     show.print_tuned(result)
     show.print_files(files)
@@ -266,6 +271,8 @@ def _record(images: LabelledImages | ImageDataset, vit: FrozenViT, config: TuneC
 
     training = {k: v for k, v in dataclasses.asdict(config).items() if k != "seed"}
     training |= {"images": len(images), "classes": images.num_classes, "pixels": vit.image_size[0]}
+    if images.skipped is not None:
+        training["skipped_images"] = images.skipped.count
     training |= {"dtype": str(vit.dtype).removeprefix("torch."), "data": digest_of_images(images)[:16]}
     return {"task": images.name, "init_seed": config.seed, "training": training}
 
@@ -326,7 +333,7 @@ def _check_backbone(info: BackboneInfo, vit: FrozenViT, start: str) -> None:
 
 
 def _test_images(
-    data: str, test: str, train: LabelledImages | ImageDataset, vit: FrozenViT, quiet: bool
+    data: str, test: str, train: LabelledImages | ImageDataset, vit: FrozenViT, quiet: bool, bad_images: str
 ) -> LabelledImages | ImageDataset:
     """The images of another split, or of another folder with the same classes."""
     from hgprompt.errors import DataError
@@ -334,12 +341,12 @@ def _test_images(
     if data.startswith(options.PROCEDURAL):
         if test != "test":
             raise DataError(f"{data} has one split to test on: --test test, got {test!r}")
-        return options.load_images(data, test, vit, limit=None, quiet=quiet)
+        return options.load_images(data, test, vit, limit=None, quiet=quiet, bad_images=bad_images)
     if (Path(data) / f"{test}.txt").is_file() and not Path(test).is_dir():
-        return options.load_images(data, test, vit, limit=None, quiet=quiet)
+        return options.load_images(data, test, vit, limit=None, quiet=quiet, bad_images=bad_images)
     if not Path(test).is_dir():
         raise DataError(f"--test {test!r} is neither a split of {data} nor a folder with the same classes")
-    images = options.load_images(test, "test", vit, limit=None, quiet=quiet)
+    images = options.load_images(test, "test", vit, limit=None, quiet=quiet, bad_images=bad_images)
     if images.class_names != train.class_names:
         raise DataError(
             f"the classes of {test} ({_some(images.class_names)}) are not those of {data} ({_some(train.class_names)})"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hgprompt.data.bad_images import Skipped
 from hgprompt.errors import DataError
 
 
@@ -19,7 +20,7 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
 
     Attributes:
         name: of the task. images: uint8 [N, 3, H, W]. labels: int64 [N], 0 … C-1.
-        class_names: names of labels 0, 1, …; None where they are not known.
+        class_names: names of labels 0, 1, …; None where they are not known. skipped: what of it could not be read.
 
     Raises:
         DataError: shapes, dtypes or labels that do not fit together.
@@ -29,6 +30,7 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...] | None = None
+    skipped: Skipped | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
@@ -68,4 +70,4 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
 
     def subset(self, indices: Tensor) -> LabelledImages:
         """These images alone, in this order."""
-        return LabelledImages(self.name, self.images[indices], self.labels[indices], self.class_names)
+        return LabelledImages(self.name, self.images[indices], self.labels[indices], self.class_names, self.skipped)

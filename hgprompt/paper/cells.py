@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hgprompt.errors import FileFormatError, OptionError
-from hgprompt.files import make_directory, write_text
+from hgprompt.files import make_directory, read_json, write_text
 from hgprompt.progress import Progress, Reporter
 from hgprompt.result import jsonable
 
@@ -110,14 +110,12 @@ class Store:
             OptionError: the file is of a cell with another identity. FileFormatError: it is damaged.
         """
         path = self.path(cell)
-        try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise FileFormatError(f"{path} is over {_MAX_BYTES} bytes: no cell; delete it to do its work again")
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.exists():
             return None
-        except (OSError, ValueError, RecursionError) as error:
-            raise FileFormatError(f"{path} cannot be read ({error}); delete it to do its work again") from error
+        try:
+            stored = read_json(path, max_bytes=_MAX_BYTES)
+        except FileFormatError as error:
+            raise FileFormatError(f"{error}; delete it to do its work again") from error
         good = isinstance(stored, dict) and (stored.get("format"), stored.get("version")) == (_FORMAT, _VERSION)
         if not good or not isinstance(stored.get("identity"), dict) or not isinstance(stored.get("record"), dict):
             raise FileFormatError(f"{path} is no finished cell of this version; delete it to do its work again")
@@ -209,7 +207,7 @@ def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def _file_name(key: str) -> str:
     """A name that every file system takes, and no two keys share."""
-    plain = re.sub(r"[^\w.-]", "_", key)[:100]
+    plain = re.sub(r"^\.|[^\w.-]", "_", key)[:100]  # no leading dot: ".." would be the folder above
     return plain if plain == key else f"{plain}-{zlib.crc32(key.encode()):08x}"
 
 

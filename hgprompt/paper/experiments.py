@@ -17,7 +17,7 @@ from hgprompt.paper.bench import COMPARED, method_cell, method_key, method_of
 from hgprompt.paper.cells import Cell
 from hgprompt.paper.embedding import NEIGHBOURS, embedding_cell, require_tsne
 from hgprompt.paper.lab import Lab
-from hgprompt.paper.tables import Table, accuracy_table
+from hgprompt.paper.tables import Table, accuracy_table, escaped
 from hgprompt.paper.tasks import canonical
 from hgprompt.paper.weights import WEIGHING, cosines_cell, weights_cell
 
@@ -345,8 +345,8 @@ def _write_text(
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    lines = ["| " + " | ".join(map(escaped, header)) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(map(escaped, row)) + " |" for row in rows)])
 
 
 def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

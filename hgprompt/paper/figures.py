@@ -27,7 +27,7 @@ def plot_matrix(
     axis = figure.subplots()
     picture = axis.imshow(matrix, cmap="PuOr", vmin=-1, vmax=1)
     _cells(axis, matrix, names, names, threshold=0.65, digits=len(names) <= 14)
-    axis.set_title(title)
+    axis.set_title(shortened(title, 200))
     figure.colorbar(picture, ax=axis, shrink=0.82, label=label)
     save_figure(figure, Path(path))
 
@@ -190,7 +190,7 @@ def plot_scores(
             weight = "bold" if best else "normal"
             axis.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color=ink, fontweight=weight)
     _names(axis, list(rows), columns, longest=24)
-    axis.set_title(title)
+    axis.set_title(shortened(title, 200))
     figure.colorbar(picture, ax=axis, shrink=0.8, extend="min", label="points behind the best of the column")
     save_figure(figure, Path(path))
 

@@ -50,12 +50,12 @@ class Table:
         """Best of each column in bold, second best underlined, equal ones (as printed) alike."""
         marks = [self._marks(c) for c in range(len(self.columns))]
         extra = ["Parameters"] if self.parameters else []
-        lines = ["| " + " | ".join([self.title, *extra, *self.columns]) + " |"]
+        lines = ["| " + " | ".join([self.title, *extra, *map(escaped, self.columns)]) + " |"]
         lines.append("|" + "---|" + "---:|" * (len(extra) + len(self.columns)))
         for name, entries in self.rows.items():
             texts = [_marked(e, marks[c]) for c, e in enumerate(entries)]
             count = [_thousands(self.parameters.get(name))] if extra else []
-            lines.append("| " + " | ".join([name, *count, *texts]) + " |")
+            lines.append("| " + " | ".join([escaped(name), *count, *texts]) + " |")
         return "\n".join(lines) + "\n"
 
     def csv(self) -> str:
@@ -63,12 +63,13 @@ class Table:
         text = io.StringIO()
         out = csv.writer(text, lineterminator="\n")
         extra = ["parameters"] if self.parameters else []
-        out.writerow([self.title, *extra, *(f"{c} {kind}" for c in self.columns for kind in ("mean", "std"))])
+        columns = [_no_formula(f"{c} {kind}") for c in self.columns for kind in ("mean", "std")]
+        out.writerow([self.title, *extra, *columns])
         for name, entries in self.rows.items():
             numbers: list[float | str] = []
             for e in entries:
                 numbers += ["", ""] if e is None else [e.mean, "" if e.std is None else e.std]
-            out.writerow([name, *([self.parameters.get(name, "")] if extra else []), *numbers])
+            out.writerow([_no_formula(name), *([self.parameters.get(name, "")] if extra else []), *numbers])
         return text.getvalue()
 
     def _marks(self, column: int) -> list[str]:
@@ -116,6 +117,16 @@ def _marked(entry: Entry | None, marks: Sequence[str]) -> str:
         return "–"
     rank = marks.index(f"{entry.mean:.1f}") if f"{entry.mean:.1f}" in marks else 2
     return (f"**{entry}**", f"<u>{entry}</u>", str(entry))[rank]
+
+
+def escaped(name: str) -> str:
+    """A name in a cell: tasks are named by folders, whose names may hold links, HTML or the cell's end."""
+    return "".join("\\" + c if c in "\\|[]<>`*" else c for c in name)
+
+
+def _no_formula(name: str) -> str:
+    """A name that a spreadsheet does not run."""
+    return "'" + name if name[:1] in ("=", "+", "-", "@") else name
 
 
 def _thousands(number: int | None) -> str:

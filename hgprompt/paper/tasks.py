@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from hgprompt.data import ImageDataset, ImageTask, LabelledImages, decode, load_task, open_images
-from hgprompt.data.folders import VTAB_ALIASES
+from hgprompt.data.listing import VTAB_ALIASES
 from hgprompt.errors import DataError
 
 Group = Literal["natural", "specialized", "structured", "own"]
@@ -161,6 +161,9 @@ def find_suite(root: str | Path, wanted: Sequence[str] | None = None) -> Suite:
     if not root.is_dir():
         raise DataError(f"{root} is no folder: give the one that holds a folder per task, such as {VTAB[0].name}/")
     there = {canonical(p.name): p for p in sorted(root.iterdir(), reverse=True) if (p / "train800.txt").is_file()}
+    odd = [name for name in there if not name.isprintable()]
+    if odd:
+        raise DataError(f"{root}: the folder {odd[0]!r:.100} has a name that cannot be printed; rename it")
     own = sorted(set(there) - set(_BY_NAME))
     paper = [task.name for task in VTAB if task.in_paper]
     names: list[str] = []

@@ -13,6 +13,7 @@ from torch import Tensor
 from hgprompt.data.images import LabelledImages
 from hgprompt.errors import FileFormatError, OptionError
 from hgprompt.files import digest_of_tensors, read_safetensors, write_safetensors
+from hgprompt.result import is_number
 
 _FORMAT, _VERSION = "hgprompt-tuning", 2
 
@@ -52,18 +53,32 @@ class Checkpoint:
             known = run if isinstance(run, dict) else {}
             changed = sorted(k for k in {*known, *self.run} if known.get(k) != self.run.get(k))
             raise OptionError(
-                f"{self.path} is the checkpoint of another run (it differs in {', '.join(changed)}): choose another "
-                "place, or delete it to begin again"
+                f"{self.path} is the checkpoint of another run (it differs in {', '.join(changed)[:400]}): choose "
+                "another place, or delete it to begin again"
             )
         shapes = {name: (value.shape, value.dtype) for name, value in like.items()}
         if {name: (value.shape, value.dtype) for name, value in stored.items()} != shapes:
             raise FileFormatError(f"{self.path}: its tensors are not those of this run; delete it to begin again")
         history = metadata.get("history")
-        if not isinstance(history, list) or not all(isinstance(record, dict) for record in history):
+        runs = {len(value) for value in like.values()}
+        if not isinstance(history, list) or not all(_is_record(r, i, runs) for i, r in enumerate(history, start=1)):
             raise FileFormatError(f"{self.path}: its history is not understood; delete it to begin again")
         if not all(bool(value.isfinite().all()) for value in stored.values()):
             raise FileFormatError(f"{self.path} holds NaN or infinity; delete it to begin again")
         return stored, history
+
+
+def _is_record(record: Any, epoch: int, runs: set[int]) -> bool:
+    """Whether this is an epoch's record as `tune` writes them: numbers for each run, null where a loss is none."""
+    if not isinstance(record, dict) or type(record.get("epoch")) is not int or record["epoch"] != epoch:
+        return False
+    for key in {"loss", "lr", "train_accuracy"} | (record.keys() & {"test_accuracy"}):
+        values = record.get(key)
+        if not isinstance(values, list) or {len(values)} != runs:
+            return False
+        if not all(is_number(value) or (key == "loss" and value is None) for value in values):
+            return False
+    return True
 
 
 def digest_of_images(images: Any) -> str:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from hgprompt.errors import FileFormatError, HGPromptError
 from hgprompt.pool import BackboneInfo
+from hgprompt.result import is_number
 from hgprompt.tuning.config import TuneConfig
 
 _FORMAT, _VERSION = "hgprompt-tuned", 1
 _FILE, _HISTORY = "tuned.safetensors", "history.json"
+MAX_NAME = 1_000
 _TENSORS = ("prompts", "head_weight", "head_bias")
 
 
@@ -93,12 +95,12 @@ class TuneResult:
         try:
             names, classes = record["names"], record["class_names"]
             result = cls(
-                names=tuple(str(name) for name in names),
+                names=_names(names),
                 **{name: tensors[name] for name in _TENSORS},
                 history=tuple(dict(entry) for entry in record["history"]),
                 config=TuneConfig(**record["config"]),
-                task=str(record["task"]),
-                class_names=None if classes is None else tuple(str(name) for name in classes),
+                task=_texts([record["task"]])[0],
+                class_names=None if classes is None else _texts(classes),
                 backbone=BackboneInfo.from_dict(record["backbone"]),
                 seconds=float("nan"),
             )
@@ -110,6 +112,11 @@ class TuneResult:
         good = good and all(_is_record(entry, runs) for entry in result.history)
         if not good or head.ndim != 3 or len(head) != runs or tuple(bias.shape) != tuple(head.shape[:2]):
             raise FileFormatError(f"{path}: its tensors or its history do not fit together")
+        if classes is not None and len(classes) != head.shape[1]:
+            raise FileFormatError(f"{path}: {len(classes)} classes have names, its heads have {head.shape[1]}")
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point() or tensor.itemsize < 4 or not bool(tensor.isfinite().all()):
+                raise FileFormatError(f"{path}: {name[:80]!r} is not float32 or float64, or holds NaN or infinity")
         return result
 
 
@@ -121,4 +128,18 @@ def _is_record(entry: dict[str, Any], runs: int) -> bool:
         if not isinstance(values, list) or len(values) != runs:
             return False
         numbers += values
-    return all(isinstance(n, (int, float)) for n in numbers)
+    return all(is_number(n) for n in numbers)
+
+
+def _names(values: Any) -> tuple[str, ...]:
+    names = _texts(values)
+    if not names or len(set(names)) != len(names) or not all(name.isprintable() for name in names):
+        raise ValueError("there are no names, or one stands twice or cannot be printed")
+    return names
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    """Of tasks and classes, which are named by folders; ValueError for what is no list of such texts."""
+    if not isinstance(values, list) or not all(isinstance(v, str) and len(v) <= MAX_NAME for v in values):
+        raise ValueError("names of the task and its classes are texts")
+    return tuple(values)

@@ -95,6 +95,27 @@ def test_json_is_all_there_is_on_stdout(place):
     assert json.loads(_run(place, "inspect", "pool.safetensors", "--json").stdout)["backbone"]["width"] == 192
 
 
+def test_bad_images_stop_or_are_skipped_and_named(place):
+    import shutil
+
+    shutil.copytree(place / "task", place / "torn")
+    (place / "torn" / "red" / "3.png").write_bytes((place / "torn" / "red" / "3.png").read_bytes()[:60])
+    command = ("ensemble", "pool.safetensors", "torn", *ENSEMBLE[3:], "-o", "torn_out", "--no-plot")
+    stopped = _run(place, *command)
+    assert stopped.returncode == 1
+    assert "3.png is no readable image" in stopped.stderr
+    done = _run(place, *command, "--bad-images", "skip", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "warning: skipped 1 of 24 images: " in done.stderr
+    record = json.loads(done.stdout)
+    assert record["n_images"] == 23
+    (skipped,) = record["skipped_images"]
+    assert (skipped["count"], skipped["total"]) == (1, 24)
+    report = json.loads((place / "torn_out" / "report.json").read_text())
+    assert report["settings"]["skipped_images"] == [skipped]
+    assert _run(place, *command, "--bad-images", "ignore").returncode == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from hgprompt.data import ImageDataset, load_task, make_loader
-from hgprompt.data.folders import balanced, read_image
+from hgprompt.data.folders import balanced
+from hgprompt.data.picture import read_image
 from hgprompt.errors import DataError, OptionError
 
 

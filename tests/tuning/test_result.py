@@ -62,6 +62,14 @@ def test_refuses_other_files(result, tmp_path):
         (tensors, record | {"history": []}),
         (tensors, record | {"config": {"epochs": -1}}),
         (tensors, record | {"backbone": None}),
+        (tensors | {"prompts": tensors["prompts"] * math.inf}, record),
+        (tensors | {"head_bias": tensors["head_bias"].to(torch.int64)}, record),
+        (tensors, record | {"class_names": ["owl"]}),
+        (tensors, record | {"class_names": "ow"}),
+        (tensors, record | {"names": ["a", "a"]}),
+        (tensors, record | {"names": ["a", "\x1b[2J"]}),
+        (tensors, record | {"task": {}}),
+        (tensors, record | {"history": [record["history"][0] | {"loss": [10**400, 1.0]}]}),
     ):
         write_safetensors(tmp_path / "tuned.safetensors", broken_tensors, broken_record)
         with pytest.raises(FileFormatError, match="tuned"):

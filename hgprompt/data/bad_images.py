@@ -1,0 +1,128 @@
+"""What becomes of an image that cannot be read: it stops the work, or it is left out and reported."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hgprompt.errors import DataError, HGPromptWarning, OptionError
+
+BadImages = Literal["stop", "skip"]
+MAX_SKIPPED = 0.5
+"""Of the images, at most this share may be left out."""
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Images that were left out.
+
+    Attributes:
+        count: how many. total: of how many. first: what was wrong with the first few, each with the file's name.
+    """
+
+    count: int
+    total: int
+    first: tuple[str, ...]
+
+    def __str__(self) -> str:
+        more = f"; and {self.count - len(self.first)} more" if self.count > len(self.first) else ""
+        return f"skipped {self.count} of {self.total} images: " + "; ".join(self.first) + more
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self) | {"first": list(self.first)}
+
+
+def check_policy(bad_images: str) -> None:
+    """Raise OptionError unless this is a policy."""
+    if bad_images not in ("stop", "skip"):
+        raise OptionError(f"bad_images must be 'stop' or 'skip', got {bad_images!r}")
+
+
+def report_skipped(samples: Sequence[tuple[Path, int]], bad: dict[int, str]) -> Skipped | None:
+    """Say what was left out; None where that is nothing.
+
+    Args:
+        samples: (file, label) of all images. bad: {place in samples: what was wrong}.
+
+    Raises:
+        DataError: more than MAX_SKIPPED of the images, or all images of a class: that is no task any more.
+
+    Warns:
+        HGPromptWarning: how many, and the first few with their reasons.
+    """
+    if not bad:
+        return None
+    skipped = Skipped(len(bad), len(samples), tuple(bad[i] for i in sorted(bad)[:_SHOWN]))
+    if len(bad) > MAX_SKIPPED * len(samples):
+        raise DataError(f"{skipped}. More than {100 * MAX_SKIPPED:.0f} % cannot be read: this is not the right folder")
+    lost = Counter(samples[i][1] for i in bad)
+    gone = [label for label, count in Counter(label for _, label in samples).items() if lost[label] == count]
+    if gone:
+        raise DataError(f"{skipped}. No image is left of class {', '.join(map(str, sorted(gone)[:10]))}")
+    warnings.warn(str(skipped), HGPromptWarning, stacklevel=3)
+    return skipped
+
+
+class Tolerant(Dataset[tuple[int, Any]]):
+    """A dataset's items with their places, and in place of a bad one what was wrong with it."""
+
+    def __init__(self, dataset: Dataset[tuple[Tensor, int]]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        try:
+            return index, self.dataset[index]
+        except DataError as error:
+            return index, str(error)
+
+
+class ImageLoader(DataLoader[Any]):
+    """A DataLoader of (images, labels) that leaves out what cannot be read; a batch shrinks by what is missing.
+
+    Args:
+        samples: (file, label) of the images. dataset: the same images, decoded. options: as for DataLoader.
+
+    Attributes:
+        skipped: what the last pass left out, once it is over; a pass that is given up says nothing.
+
+    A pass raises and warns as `report_skipped` does, at its end. Batches of which nothing is left do not appear.
+    """
+
+    def __init__(
+        self, samples: Sequence[tuple[Path, int]], dataset: Dataset[tuple[Tensor, int]], **options: Any
+    ) -> None:
+        super().__init__(Tolerant(dataset), collate_fn=_collate, **options)
+        self.samples = samples
+        self.skipped: Skipped | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # an iterator all the same
+        return self._readable(super().__iter__())
+
+    def _readable(self, batches: Iterable[Any]) -> Iterator[Any]:
+        found: dict[int, str] = {}
+        self.skipped = None
+        for images, labels, bad in batches:
+            found |= bad
+            if len(labels):
+                yield images, labels
+        self.skipped = report_skipped(self.samples, found)
+
+
+def _collate(items: Sequence[tuple[int, Any]]) -> tuple[Tensor, Tensor, dict[int, str]]:
+    good = [item for _, item in items if not isinstance(item, str)]
+    bad = {index: item for index, item in items if isinstance(item, str)}
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+    return images, torch.tensor([label for _, label in good], dtype=torch.int64), bad
