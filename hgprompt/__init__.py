@@ -13,6 +13,7 @@ from hgprompt.ensemble import fast_ensemble
 from hgprompt.errors import (
     BackboneError,
     DataError,
+    DistributedError,
     FileFormatError,
     HGPromptError,
     HGPromptWarning,
@@ -36,6 +37,7 @@ __all__ = [
     "BackboneInfo",
     "DataError",
     "Diagnostics",
+    "DistributedError",
     "EnsembleResult",
     "EnsembleStatistics",
     "FileFormatError",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import itertools
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +14,9 @@ from torch import Tensor, nn
 
 from hgprompt.backbone import FrozenViT
 from hgprompt.bundled import load_backbone
+from hgprompt.distributed import Ranks
 from hgprompt.encoder import check_prompts
-from hgprompt.errors import BackboneError, DataError, HGPromptError, OptionError, of_a_worker
+from hgprompt.errors import BackboneError, DataError, DistributedError, HGPromptError, OptionError, of_a_worker
 from hgprompt.pool import PromptPool
 from hgprompt.statistics import check_labels
 
@@ -52,6 +56,15 @@ def resolve(
     return pool, stack, vit
 
 
+def digest(pool: PromptPool) -> str:
+    """SHA-256 of the names, in order, and the numbers of prompts."""
+    found = hashlib.sha256()
+    for name, prompt in pool.items():
+        found.update(f"{name!r} {list(prompt.shape)} {prompt.dtype}\n".encode())
+        found.update(prompt.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 def read(loader: Iterable[Any], vit: FrozenViT) -> Iterator[tuple[Tensor, Tensor]]:
     """Checked batches of a loader, each on its way to a GPU while the one before is computed.
 
@@ -62,6 +75,36 @@ def read(loader: Iterable[Any], vit: FrozenViT) -> Iterator[tuple[Tensor, Tensor
         DataError: what the loader gives cannot be used, or it failed (its own exception is the cause).
     """
     yield from _ahead(_batches(loader, vit), vit.device)
+
+
+def same_batches(batches: Iterator[tuple[Tensor, Tensor]], ranks: Ranks, stage: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of which every rank reads the same; made sure of by a checksum, one batch at a time.
+
+    Raises:
+        DistributedError: a rank read something else, or as many batches as others; on every rank.
+    """
+    for number in itertools.count():
+        with ranks.together(stage):
+            batch = next(batches, None)
+        mine = None if batch is None else [len(batch[1]), _checksum(*batch)]
+        everyone = ranks.gather_json(mine)
+        for rank, theirs in enumerate(everyone):
+            if theirs != everyone[0]:
+                raise DistributedError(
+                    f"batch {number} of rank {rank} is not that of rank 0 ([images, checksum]: {theirs} and "
+                    f"{everyone[0]}; null: no more): with shard='prompts' every rank must read the same images in the "
+                    "same order, without random augmentation"
+                )
+        if batch is None:
+            return
+        yield batch
+
+
+def _checksum(images: Tensor, labels: Tensor) -> int:
+    """Of a batch: a few hundred pixels of it, wherever they lie, and its labels."""
+    flat = images.detach().reshape(-1)
+    some = flat[:: max(1, len(flat) // 509)].cpu().contiguous()
+    return zlib.crc32(labels.numpy().tobytes(), zlib.crc32(some.view(torch.uint8).numpy().tobytes()))
 
 
 def _batches(loader: Iterable[Any], vit: FrozenViT) -> Iterator[tuple[Tensor, Tensor]]:

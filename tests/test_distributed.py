@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from hgprompt import EnsembleStatistics, fast_ensemble
-from hgprompt.errors import StatisticsError
+from hgprompt.errors import DistributedError
 
 
 def _problem():
@@ -44,5 +44,5 @@ def test_three_ranks_equal_one_process(tmp_path):
 
 
 def test_all_reduce_needs_a_group():
-    with pytest.raises(StatisticsError, match="process group"):
+    with pytest.raises(DistributedError, match="process group"):
         EnsembleStatistics().all_reduce()
