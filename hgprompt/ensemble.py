@@ -153,6 +153,7 @@ def fast_ensemble(
             shards=0 if rule is not None else place[1],
         )  # fmt: skip
 
+        @torch.autocast(vit.device.type, enabled=False)  # a caller's autocast region is none of the heads' business
         def answer(*, pull_back: bool, last: bool = True) -> _Answer | None:
             """α of all images so far, on the first rank. Gradients of a closed-form head are pulled back anew, or
             stay as they are. None: there is nothing to solve yet, or this is another rank."""
