@@ -2,9 +2,9 @@
 
     python benchmarks/ranks.py benchmarks/results/ranks-2026-11.json
 
-Ranks have one thread each, and are processes of one machine over gloo. Wall-clock seconds say something where nothing else
-runs and there are as many cores as ranks; the largest processor time of a rank, which the efficiency is of, leaves out
-waiting, for other ranks and for other programs alike. Volumes do not depend on the machine.
+Ranks have one thread each, and are processes of one machine over gloo. Wall-clock seconds say something where nothing
+else runs and there are as many cores as ranks; the largest processor time of a rank, which the efficiency is of, leaves
+out waiting, for other ranks and for other programs alike. Volumes do not depend on the machine.
 """
 
 from __future__ import annotations
