@@ -211,6 +211,7 @@ def fast_ensemble(
         mixed = torch.tensordot(weights, stack.to("cpu", torch.float64), dims=1).to(stack.dtype)
         intensity = ranks.decided(None if found is None else found.solution.diagnostics.intensity)
         sample_h, sample_h_mixed = gather.mixing_gap(sample, weights, mixed, intensity)
+        ranks.stage = "handing out the result"
         if found is None:
             return _received(ranks)
     problem, (weights, diagnostics), without_fold, total, num_gradient_images = found
