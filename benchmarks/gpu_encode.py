@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import literal
 
+from flops import BACKWARD, Network  # isort: skip
 from gpu_common import B, DEPTH, DEVICE, DTYPE, M, REHEARSE, SIZE, TOKENS, WIDTH  # isort: skip
 from gpu_common import ceilings, keep, median_ms, network, provenance  # isort: skip
 
@@ -33,20 +34,6 @@ from hgprompt.kernels import mlp
 
 COMPILED = "--compiled" in sys.argv
 IMAGES_AT_ONCE = 1 if REHEARSE else 16  # of a batched peer: with 13 prompts it keeps about 10 GB
-BACKWARD = 47.6 / 44.2  # operations of the backward pass to the prompts, in forwards
-
-
-def flops(image_tokens: int, deep: bool, useful: bool) -> float:
-    """Forward operations of one image under one prompt; a multiply-add is two."""
-    linear = 2 * 12 * WIDTH * WIDTH  # QKV, projection and MLP, per token and block
-    total = TOKENS + image_tokens
-    if not useful:
-        return DEPTH * (linear * total + 4 * total * total * WIDTH)
-    rows = image_tokens if deep else total  # tokens that go through the linear layers
-    middle = (DEPTH - 2) * (linear * rows + 4 * rows * total * WIDTH)
-    first = linear * rows * 0.75 + 4 * rows * total * WIDTH  # QKV, a quarter of the linear work, is shared
-    last = linear / 6 * rows + linear * 5 / 6 + 4 * total * WIDTH  # K and V on all tokens, the rest on one
-    return middle + first + last
 
 
 def batched(model, prompts, images):
@@ -104,8 +91,9 @@ def main() -> None:
 
 
 def measure(model, vit, images, prompts, direction, kind, deep, record) -> dict:
+    work = Network(WIDTH, DEPTH, vit.num_image_tokens, TOKENS, deep)
     pairs = M * B * (1 if kind == "forward" else 1 + BACKWARD)
-    useful, naive = (pairs * flops(vit.num_image_tokens, deep, which) / 1e9 for which in (True, False))
+    useful, naive = (pairs * work.forward(useful=which) / 1e9 for which in (True, False))
     case: dict = {"prompts": "deep" if deep else "shallow", "kind": kind, "ours": {}, "peers": {}}
     record["cases"].append(case)
 

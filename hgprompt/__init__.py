@@ -13,6 +13,7 @@ from hgprompt.ensemble import fast_ensemble
 from hgprompt.errors import (
     BackboneError,
     DataError,
+    DeviceMemoryError,
     DistributedError,
     FileFormatError,
     HGPromptError,
@@ -36,6 +37,7 @@ __all__ = [
     "BackboneError",
     "BackboneInfo",
     "DataError",
+    "DeviceMemoryError",
     "Diagnostics",
     "DistributedError",
     "EnsembleResult",

@@ -95,7 +95,7 @@ class Ranks:
         except DistributedError:  # of a collective: the group is of no use any more, or all have heard
             raise
         except Exception as error:
-            if error is self._told:  # by such a block within this one
+            if self._told is not None and self._told in (error, error.__cause__):  # by such a block within this one
                 raise
             self._told = error
             try:

@@ -6,7 +6,9 @@ What runs one micro-batch is `hgprompt.network`, on the operations that suit the
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from hgprompt import network, operations
 from hgprompt.backbone import FrozenViT
-from hgprompt.errors import BackboneError, DataError, OptionError, PromptError
+from hgprompt.errors import BackboneError, DataError, DeviceMemoryError, OptionError, PromptError
 from hgprompt.memory import free_gpu_bytes
 from hgprompt.operations import Impl, Operations
+
+logger = logging.getLogger(__name__)
 
 # Tokens in one micro-batch. On a CPU, the GEMMs are at their full rate long before, and activations of this size
 # (a few MB a layer) still profit from the caches. On a GPU at most so many, and fewer where memory is short.
@@ -25,6 +29,37 @@ _SHARE_OF_FREE_MEMORY = 0.6
 
 # loss(features [m, b, h], prompt_indices, image_indices) -> [m], summed over the images
 PullBackLoss = Callable[[Tensor, slice, slice], Tensor]
+_Row = TypeVar("_Row")
+_Pulled = tuple[slice, Tensor, Tensor, Tensor]  # prompts, and their features, losses and gradients
+
+
+class MicroBatch:
+    """Image–prompt pairs in the network at one time, over many calls: what a GPU had no memory for is not tried again.
+
+    Args:
+        size: at most; None: sized for the device.
+    """
+
+    def __init__(self, size: int | None = None) -> None:
+        self.size = size
+        self._halved: int | None = None
+
+    def resolve(self, backbone: FrozenViT, prompts: Tensor, *, backward: bool) -> int:
+        """The number for a call, as `resolve_micro_batch`, or what was left of it."""
+        size = resolve_micro_batch(backbone, prompts, self.size, backward=backward)
+        return size if self._halved is None else min(size, self._halved)
+
+    def halve(self, pairs: int, device: torch.device, reason: str) -> int:
+        """Half of the pairs that were too many, from now on."""
+        level = logging.WARNING if self._halved is None else logging.INFO
+        self._halved = pairs // 2
+        logger.log(
+            level, "no memory on %s for %d image-prompt pairs at one time, going on with %d (%s)",
+            device, pairs, self._halved, reason.splitlines()[0],
+        )  # fmt: skip
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # blocks of the former sizes would stay, and fit nothing
+        return self._halved
 
 
 def encode(
@@ -32,7 +67,7 @@ def encode(
     prompts: Tensor,
     images: Tensor,
     *,
-    micro_batch: int | None = None,
+    micro_batch: int | MicroBatch | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Features of every image under every prompt (Eq. 3).
@@ -45,7 +80,8 @@ def encode(
         images: [B, 3, H, W], floating point and normalised, or uint8; or [M, B, 3, H, W], to each prompt its own.
         micro_batch: image–prompt pairs that are in the network at one time; None: sized for the device. Memory
             grows with it and not with M or B. Where gradients are needed and M·B is larger, each micro-batch is
-            computed again in the backward pass.
+            computed again in the backward pass. Where a GPU's memory runs out on the way forward, it is halved and the
+            call goes on; on the way back it cannot be, for the graph is the caller's by then: `pull_back` can.
         impl: "auto" picks what suits the device; "reference" is plain PyTorch, "triton" this project's kernels (a GPU
             from sm_80 on), "sdpa" and "xformers" the kernels with another attention.
 
@@ -53,28 +89,30 @@ def encode(
         [M, B, h], in the backbone's dtype, whatever autocast state the caller is in.
 
     Raises:
-        PromptError, DataError: shapes or dtypes do not fit the backbone.
+        PromptError, DataError: shapes or dtypes do not fit the backbone. DeviceMemoryError: one pair does not fit.
     """
     check_prompts(backbone, prompts)
     num_images = _check_images(backbone, images, len(prompts))
     ops = operations.select(backbone, impl)
     needs_grad = torch.is_grad_enabled() and prompts.requires_grad
-    micro_batch = resolve_micro_batch(backbone, prompts, micro_batch, backward=needs_grad)
+    limit = micro_batch if isinstance(micro_batch, MicroBatch) else MicroBatch(micro_batch)
+    size = limit.resolve(backbone, prompts, backward=needs_grad)
     with _no_autocast(backbone):
         prompts = prompts.to(device=backbone.device, dtype=backbone.dtype)
-        recompute = needs_grad and len(prompts) * num_images > micro_batch
-        rows = []
-        for image_slice, prompt_slices in _micro_batches(len(prompts), num_images, micro_batch):
+
+        def row(image_slice: slice, prompt_slices: list[slice], recompute: bool) -> Tensor:
             parts = []
             for s, tokens in _embedded(backbone, images, image_slice, prompt_slices, ops):
                 arguments = (backbone, tokens, prompts[s], ops)
-                if recompute:
+                if recompute and needs_grad:
                     parts.append(
                         checkpoint(network.features, *arguments, use_reentrant=False, preserve_rng_state=False)
                     )
                 else:
                     parts.append(network.features(*arguments))
-            rows.append(torch.cat(parts))
+            return torch.cat(parts)
+
+        rows = list(_rows(row, len(prompts), num_images, size, limit, backbone.device))
         if not rows:
             return prompts.new_zeros(len(prompts), num_images, backbone.width)
         return torch.cat(rows, dim=1)
@@ -86,12 +124,13 @@ def pull_back(
     images: Tensor,
     loss: PullBackLoss,
     *,
-    micro_batch: int | None = None,
+    micro_batch: int | MicroBatch | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features, losses and the losses' gradients in the prompts, each micro-batch forward and backward at once.
 
-    Memory does not grow with M or B, and nothing is computed twice.
+    Memory does not grow with M or B, and nothing is computed twice. Where a GPU's memory runs out, the micro-batch is
+    halved, and what it had begun is thrown away whole: the loss may be asked for the same images again.
 
     Args:
         backbone, prompts, images, micro_batch, impl: as for `encode`.
@@ -99,11 +138,15 @@ def pull_back(
 
     Returns:
         features [M, B, h] in the backbone's dtype, losses [M] and gradients (shape of prompts) in at least float32.
+
+    Raises:
+        PromptError, DataError: as for `encode`. DeviceMemoryError: one pair does not fit.
     """
     check_prompts(backbone, prompts)
     num_images = _check_images(backbone, images, len(prompts))
     ops = operations.select(backbone, impl)
-    micro_batch = resolve_micro_batch(backbone, prompts, micro_batch, backward=True)
+    limit = micro_batch if isinstance(micro_batch, MicroBatch) else MicroBatch(micro_batch)
+    size = limit.resolve(backbone, prompts, backward=True)
     precise = torch.promote_types(backbone.dtype, torch.float32)
     # inference_mode(False): a caller inside inference mode would otherwise get tensors without a graph.
     with torch.inference_mode(False), _no_autocast(backbone):
@@ -111,15 +154,22 @@ def pull_back(
         losses = torch.zeros(len(prompts), device=backbone.device, dtype=precise)
         features = torch.empty(len(prompts), num_images, backbone.width, device=backbone.device, dtype=backbone.dtype)
         prompts = prompts.detach().clone().to(device=backbone.device, dtype=backbone.dtype)
-        for image_slice, prompt_slices in _micro_batches(len(prompts), num_images, micro_batch):
+
+        def row(image_slice: slice, prompt_slices: list[slice], _: bool) -> tuple[slice, list[_Pulled]]:
+            done = []
             for s, tokens in _embedded(backbone, images, image_slice, prompt_slices, ops):
                 with torch.enable_grad():
                     leaf = prompts[s].clone().requires_grad_()
                     out = network.features(backbone, tokens, leaf, ops)
                     value = loss(out, s, image_slice)
                     (gradient,) = torch.autograd.grad(value.sum(), leaf)
-                features[s, image_slice] = out.detach()
-                losses[s] += value.detach()
+                done.append((s, out.detach(), value.detach(), gradient))
+            return image_slice, done
+
+        for image_slice, done in _rows(row, len(prompts), num_images, size, limit, backbone.device):
+            for s, out, value, gradient in done:
+                features[s, image_slice] = out
+                losses[s] += value
                 gradients[s] += gradient
     return features, losses, gradients
 
@@ -208,17 +258,42 @@ def bytes_per_token(backbone: FrozenViT, *, backward: bool) -> int:
     return alive + (backbone.depth * size * (6 * width + inner) if backward else 0)
 
 
-def _micro_batches(num_prompts: int, num_images: int, size: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Slices of the images, each with the slices of the prompts to run them under.
+def _rows(
+    compute: Callable[[slice, list[slice], bool], _Row],
+    num_prompts: int,
+    num_images: int,
+    size: int,
+    limit: MicroBatch,
+    device: torch.device,
+) -> Iterator[_Row]:
+    """compute(images, prompts, whether there are other micro-batches) for all images in order, each under all prompts.
 
-    As many images as fit, then as many prompts: a prompt's own work in the first block (and in every block if it is
-    deep) is shared by the images beside it, and the images' by all prompts.
+    As many images as fit into `size` pairs, then as many prompts: a prompt's own work in the first block (and in every
+    block if it is deep) is shared by the images beside it, and the images' by all prompts. Where memory runs out, what
+    was computed for these images is lost, and they are done again with micro-batches of half the size.
     """
-    images_at_once = max(1, min(size, num_images))
-    prompts_at_once = max(1, size // images_at_once)
-    prompt_slices = [slice(i, min(i + prompts_at_once, num_prompts)) for i in range(0, num_prompts, prompts_at_once)]
-    for start in range(0, num_images, images_at_once):
-        yield slice(start, min(start + images_at_once, num_images)), prompt_slices
+    start = 0
+    while start < num_images:
+        images_at_once = max(1, min(size, num_images))
+        prompts_at_once = min(max(1, size // images_at_once), num_prompts)
+        images = slice(start, min(start + images_at_once, num_images))
+        prompts = [slice(i, min(i + prompts_at_once, num_prompts)) for i in range(0, num_prompts, prompts_at_once)]
+        reason = None
+        try:
+            row = compute(images, prompts, num_prompts * num_images > size)
+        except torch.OutOfMemoryError as error:
+            pairs = prompts_at_once * (images.stop - images.start)
+            reason = str(error)
+            if pairs == 1:
+                raise DeviceMemoryError(
+                    f"{device} has no memory for one image under one prompt ({reason.splitlines()[0]}): give a dtype "
+                    "of fewer bytes, a smaller backbone or image size, or end what else is on the device"
+                ) from error
+        if reason is not None:  # only here, behind the error, are the tensors of the attempt free
+            size = limit.halve(pairs, device, reason)
+            continue
+        yield row
+        start = images.stop
 
 
 def _embedded(

@@ -6,11 +6,13 @@ the prompts become a Gram matrix; everything after the stream is small, exact li
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,10 +20,11 @@ from torch import Tensor, nn
 
 from hgprompt import operations
 from hgprompt.backbone import FrozenViT
+from hgprompt.checkpoint import PassCheckpoint, identity_of
 from hgprompt.distributed import Ranks, slices
-from hgprompt.encoder import Impl, encode, pull_back
+from hgprompt.encoder import Impl, MicroBatch, encode, pull_back
 from hgprompt.errors import DataError, HGPromptWarning, OptionError
-from hgprompt.inputs import Prompts, digest, num_batches, read, resolve, same_batches
+from hgprompt.inputs import Prompts, digest, num_batches, of_the_loader, read, resolve, same_batches
 from hgprompt.kernels.gram import grams, grams_reference
 from hgprompt.objective import Shrinkage, h_score
 from hgprompt.optimize import Solution, Solver, WeightProblem, check_options, jackknife_std
@@ -66,6 +69,8 @@ def fast_ensemble(
     max_bytes: int | None = None,
     micro_batch: int | None = None,
     impl: Impl = "auto",
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: float = 300.0,
 ) -> EnsembleResult:
     """How much of each prompt to take for a new labelled task, in one pass over its images.
 
@@ -104,8 +109,13 @@ def fast_ensemble(
             says beforehand what either takes.
         max_bytes: memory for it; None: what the device has free, less a fifth. Where the loader has a length,
             statistics that would not fit are refused with the first batch.
-        micro_batch: image–prompt pairs in the network at one time; memory grows with it, not with M or N.
+        micro_batch: image–prompt pairs in the network at one time; memory grows with it, not with M or N. Halved for
+            the rest of the pass where a GPU's memory runs out.
         impl: engine of the network, as for `encode`.
+        checkpoint_dir: a folder for this pass alone, in which what was done is kept (docs/long-runs.md). The same call
+            after an interruption goes on from there, to the same bits; it reads the loader from the start again, which
+            must give the same batches. The file is gone when there is a result. Every rank keeps its own.
+        checkpoint_every: seconds between two checkpoints, at least; more where they would take over 5 % of the time.
 
     Returns:
         The weights, the mixed prompt, and why: see EnsembleResult.
@@ -114,7 +124,9 @@ def fast_ensemble(
         PromptError: prompts that do not fit together or the backbone, or that make features constant. DataError:
         images or labels that cannot be used, or a loader that failed (with its own exception as the cause).
         BackboneError, OptionError: a backbone or an argument that cannot be used. DistributedError: ranks that were
-        called differently, or another rank that failed, died or did not come within the group's timeout. Nothing is
+        called differently, or another rank that failed, died or did not come within the group's timeout.
+        FileFormatError, OptionError, DataError: a checkpoint that is damaged, or of another pass or other data. Without
+        checkpoint_dir nothing is
         written anywhere.
     """
     if preset == "paper":
@@ -132,6 +144,11 @@ def fast_ensemble(
             rule = None if tolerance is None else StopRule(tolerance, folds)
             pool, stack, vit = resolve(prompts, backbone, device, dtype)
             operations.select(vit, impl)
+            if checkpoint_dir is not None and not ranks.alone and (rule is not None or shard == "prompts"):
+                raise OptionError(
+                    "checkpoint_dir over a process_group takes shard='images' and no tolerance: else ranks go batch by "
+                    "batch, and each would resume at another"
+                )
         names = pool.names
         settings: dict[str, Any] = {
             "shrinkage": shrinkage, "normalize": normalize, "solver": solver, "starts": starts, "tolerance": tolerance,
@@ -152,6 +169,23 @@ def fast_ensemble(
             # A stream that may stop early is not refused for the images that it would not read.
             shards=0 if rule is not None else place[1],
         )  # fmt: skip
+
+        checkpoint: PassCheckpoint | None = None
+        if checkpoint_dir is not None:
+            counts: dict[str, Any] = {
+                "folds": folds, "keep": keep, "gradient_images": gradient_images, "seed": seed, "impl": impl,
+                "micro_batch": micro_batch, "tolerance": tolerance, "batches of the loader": num_batches(loader),
+            }  # fmt: skip
+            if rule is not None:  # where the stream ends hangs on the weights
+                counts |= {
+                    "lam": lam, "shrinkage": shrinkage, "normalize": normalize, "solver": solver, "starts": starts,
+                    "gap_tolerance": gap_tolerance, "max_steps": max_steps, "learning_rate": learning_rate,
+                }  # fmt: skip
+            with ranks.together("opening the checkpoints"):
+                checkpoint = PassCheckpoint(
+                    checkpoint_dir, identity_of(names, stack, vit, head, counts), every=checkpoint_every,
+                    rank=ranks.rank, num_ranks=ranks.world,
+                )  # fmt: skip
 
         @torch.autocast(vit.device.type, enabled=False)  # a caller's autocast region is none of the heads' business
         def answer(*, pull_back: bool, last: bool = True) -> _Answer | None:
@@ -186,7 +220,7 @@ def fast_ensemble(
 
         stopped, found = False, None
         loss = None if fitted else given_loss(head, len(stack))
-        stream = gather.stream(loader, report, sample=sample, loss=loss)
+        stream = gather.stream(loader, report, sample=sample, loss=loss, rule=rule, checkpoint=checkpoint)
         if rule is None:
             with ranks.together(_READING):
                 for _ in stream:
@@ -213,7 +247,10 @@ def fast_ensemble(
         sample_h, sample_h_mixed = gather.mixing_gap(sample, weights, mixed, intensity)
         ranks.stage = "handing out the result"
         if found is None:
-            return _received(ranks)
+            received = _received(ranks)
+            if checkpoint is not None:
+                checkpoint.remove()
+            return received
     problem, (weights, diagnostics), without_fold, total, num_gradient_images = found
     covariance = problem.source_covariance
     nan = torch.full((len(names), len(names)), math.nan, dtype=torch.float64)
@@ -249,6 +286,8 @@ def fast_ensemble(
     )
     if not ranks.alone:
         ranks.broadcast(*result.to_parts())
+    if checkpoint is not None:
+        checkpoint.remove()
     return result
 
 
@@ -288,11 +327,14 @@ class _Pass:
         self.first_prompt = share.start
         # On the device once, and not with every batch.
         self.vit, self.prompts, self.names = vit, prompts[share].to(vit.device, vit.dtype), names
-        self.options: dict[str, Any] = {"micro_batch": micro_batch, "impl": impl}
+        self.options: dict[str, Any] = {"micro_batch": MicroBatch(micro_batch), "impl": impl}
         self.statistics, self.folds, self.shards = statistics, statistics.folds, shards
         self.gradients: Tensor | None = None  # of this rank [folds, M, p, d], summed over the images of each fold
         self.num_gradient_images = 0
         self.has_gradients = False
+        self.sample: ImageSample | None = None
+        self.rule: StopRule | None = None
+        self._whole = True  # all parts are of the same batches
 
     @property
     def gradient_bytes(self) -> int:
@@ -305,28 +347,64 @@ class _Pass:
         *,
         sample: ImageSample | None = None,
         loss: Callable[[Tensor, Tensor, slice], Tensor] | None = None,
+        rule: StopRule | None = None,
+        checkpoint: PassCheckpoint | None = None,
     ) -> Iterator[Tensor]:
         """Read the loader once, and yield the labels of each batch when it is done. With a loss, each batch goes
-        forward and backward at once."""
+        forward and backward at once. With a checkpoint, batches that it knows are passed over, and what is done is kept
+        when it is time, when the stream ends, and when it breaks off."""
+        self.sample, self.rule = sample, rule
+        try:
+            yield from self._stream(loader, report, loss, checkpoint)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            failure = of_the_loader(error)
+            kept = "" if checkpoint is None else checkpoint.rescue(self, whole=self._whole)
+            if type(failure) is DataError and (kept or failure is not error):
+                raise DataError(f"{failure}{kept}") from (error.__cause__ if failure is error else error)
+            raise
+
+    def _stream(
+        self,
+        loader: Iterable[Any],
+        report: Reporter,
+        loss: Callable[[Tensor, Tensor, slice], Tensor] | None,
+        checkpoint: PassCheckpoint | None,
+    ) -> Iterator[Tensor]:
         total = num_batches(loader)
         report("images", 0, total)
-        batches = read(loader, self.vit)
-        if self.by_prompts:
-            batches = same_batches(batches, self.ranks, _READING)
-        for done, (images, labels) in enumerate(batches, start=1):
-            if done == 1 and total is not None:
-                self.statistics.expect(total * len(labels) * self.shards)
-            if loss is not None:
-                features = self._forward_backward(images, labels, loss)
-            else:
-                features = self._encode(images)
+        note = None if checkpoint is None else checkpoint.note
+        with contextlib.closing(read(loader, self.vit, note)) as own:
+            batches: Iterator[tuple[Tensor, Tensor]] = own
             if self.by_prompts:
-                features = torch.cat(self.ranks.gather(features))
-            self.statistics.update(features, labels)
-            if sample is not None:
-                sample.update(images, labels, features)
-            report("images", done, total)
-            yield labels
+                batches = same_batches(own, self.ranks, _READING)
+            for done, (images, labels) in enumerate(batches, start=1):
+                if done == 1 and total is not None:
+                    self.statistics.expect(total * len(labels) * self.shards)
+                if checkpoint is not None and checkpoint.skip(images, labels, self):
+                    report("images", done, total)
+                    continue
+                if loss is None:
+                    features = self._encode(images)
+                    self._whole = False
+                else:
+                    self._whole = False
+                    features = self._forward_backward(images, labels, loss)
+                if self.by_prompts:
+                    features = torch.cat(self.ranks.gather(features))
+                self.statistics.update(features, labels)
+                if self.sample is not None:
+                    self.sample.update(images, labels, features)
+                if checkpoint is not None:
+                    checkpoint.done()
+                self._whole = True
+                report("images", done, total)
+                yield labels
+                if checkpoint is not None and checkpoint.due(self):
+                    checkpoint.write(self)
+        if checkpoint is not None:
+            checkpoint.end_of_stream(self)
 
     def pull_back_sample(
         self, head: FittedHead, statistics: EnsembleStatistics, sample: ImageSample, report: Reporter

@@ -35,6 +35,10 @@ class OutputError(HGPromptError, OSError):
     """A place that cannot be written to."""
 
 
+class DeviceMemoryError(HGPromptError, RuntimeError):
+    """A device without room for one image under one prompt."""
+
+
 class OptionError(HGPromptError, ValueError):
     """An argument outside the values that it can take."""
 

@@ -7,17 +7,21 @@ allocated for them; tensors are then parsed by the safetensors library.
 from __future__ import annotations
 
 import contextlib
+import glob
+import hashlib
+import itertools
 import json
 import math
 import os
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from hgprompt.errors import FileFormatError, OutputError
@@ -30,6 +34,13 @@ _DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
+_DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_CHECKSUM = "sha256"
+_BLOCK = 2**20
+_SUFFIX = ".tmp"
 
 
 def make_directory(path: str | Path) -> Path:
@@ -96,26 +107,80 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         file.write(content)
 
 
-def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def write_safetensors(
+    path: str | Path,
+    tensors: Mapping[str, Tensor | Sequence[Tensor]],
+    metadata: Mapping[str, Any],
+    *,
+    checksum: bool = False,
+) -> None:
     """Write tensors and JSON metadata into a safetensors file, whole or not at all; same input, same bytes.
+
+    Tensor after tensor goes to the disk: memory for a second copy is needed of one at a time, and only where it is on
+    a GPU or not contiguous.
+
+    Args:
+        tensors: by name. A sequence of tensors of one dtype becomes one flat tensor, one behind the other.
+        checksum: end the file with a SHA-256 of all before it, for `read_safetensors` to check.
 
     Raises:
         OutputError: the file cannot be written; what was there before stays.
     """
-    text = json.dumps(metadata, allow_nan=False, sort_keys=True)
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    parts = {name: [value] if isinstance(value, Tensor) else list(value) for name, value in tensors.items()}
+    # The widest numbers come first, so that all are aligned; the checksum is the last of the bytes.
+    order = sorted(parts, key=lambda name: (-parts[name][0].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {_METADATA_KEY: json.dumps(metadata, allow_nan=False, sort_keys=True)}}
+    end = 0
+    for name in order:
+        first, begin = parts[name][0], end
+        end += sum(part.numel() for part in parts[name]) * first.element_size()
+        whole = tensors[name]
+        shape = list(whole.shape) if isinstance(whole, Tensor) else [(end - begin) // first.element_size()]
+        header[name] = {"dtype": _DTYPE_NAMES[first.dtype], "shape": shape, "data_offsets": [begin, end]}
+    if checksum:
+        header[_CHECKSUM] = {"dtype": "U8", "shape": [32], "data_offsets": [end, end + 32]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    blocks: Iterable[bytes | memoryview] = itertools.chain(
+        (struct.pack("<Q", len(text)), text), (bytes_of(part) for name in order for part in parts[name])
+    )
+    digest = hashlib.sha256()
     with _replacing(Path(path)) as file:
-        file.write(safetensors.torch.save(plain, metadata={_METADATA_KEY: text}))
+        for block in blocks:
+            file.write(block)
+            if checksum:
+                digest.update(block)
+        if checksum:
+            file.write(digest.digest())
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The numbers of a tensor as they lie in memory, row by row; a copy only of what is on a GPU or not contiguous."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def digest_of_tensors(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
+        digest.update(bytes_of(tensor))
+    return digest.hexdigest()
 
 
 def read_safetensors(
-    path: str | Path, *, max_bytes: int = MAX_FILE_BYTES, max_header_bytes: int = MAX_HEADER_BYTES
+    path: str | Path,
+    *,
+    max_bytes: int = MAX_FILE_BYTES,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+    checksum: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of a safetensors file.
 
     Args:
         path: the file; of any origin.
         max_bytes, max_header_bytes: what the file may hold at most.
+        checksum: it must end with that of `write_safetensors`, which finds damage, not forgery.
 
     Returns:
         The tensors by name, and what `write_safetensors` took as metadata ({} for files of other programs).
@@ -127,6 +192,8 @@ def read_safetensors(
     try:
         with path.open("rb") as file:
             header = _read_header(path, file, max_bytes, max_header_bytes)
+            if checksum:
+                _check_checksum(path, file, header)
     except IsADirectoryError as error:
         raise FileFormatError(f"{path} is a directory, not a safetensors file") from error
     except FileNotFoundError as error:
@@ -135,16 +202,26 @@ def read_safetensors(
         raise FileFormatError(f"cannot read {path}: {error.strerror or error}") from error
     metadata = _metadata(path, header)
     try:
-        return safetensors.torch.load_file(path), metadata
+        tensors = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise FileFormatError(f"{path} is no readable safetensors file: {error}") from error
+    if checksum:
+        del tensors[_CHECKSUM]
+    return tensors, metadata
+
+
+def remove_temporaries(path: Path) -> None:
+    """Delete what killed writers of this file have left beside it."""
+    for left in path.parent.glob(f"{glob.escape(_temporary(path))}*{_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            left.unlink()
 
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A temporary file beside `path` that takes its place once the block has ended well."""
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
+        descriptor, name = tempfile.mkstemp(prefix=_temporary(path), suffix=_SUFFIX, dir=path.parent)
     except OSError as error:
         hint = "" if path.parent.is_dir() else f" ({path.parent} is no directory)"
         raise OutputError(f"cannot write {path}: {error.strerror or error}{hint}; choose another place") from error
@@ -163,6 +240,25 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             raise OutputError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
         raise
+
+
+def _temporary(path: Path) -> str:
+    return f".{path.name[:100]}."
+
+
+def _check_checksum(path: Path, file: BinaryIO, header: dict[str, Any]) -> None:
+    entry = header.get(_CHECKSUM, {})
+    left = os.fstat(file.fileno()).st_size - 32
+    data = left + 32 - file.tell()  # the header has just been read
+    if entry != {"dtype": "U8", "shape": [32], "data_offsets": [data - 32, data]}:
+        raise FileFormatError(f"{path} does not end with a checksum")
+    file.seek(0)
+    digest = hashlib.sha256()
+    while left > 0 and (block := file.read(min(left, _BLOCK))):
+        digest.update(block)
+        left -= len(block)
+    if file.read(32) != digest.digest():
+        raise FileFormatError(f"{path} is damaged: its checksum is not that of its content")
 
 
 def _read_header(path: Path, file: BinaryIO, max_bytes: int, max_header_bytes: int) -> dict[str, Any]:

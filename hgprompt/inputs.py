@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import itertools
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,8 +66,13 @@ def digest(pool: PromptPool) -> str:
     return found.hexdigest()
 
 
-def read(loader: Iterable[Any], vit: FrozenViT) -> Iterator[tuple[Tensor, Tensor]]:
+def read(
+    loader: Iterable[Any], vit: FrozenViT, note: Callable[[Tensor, Tensor], None] | None = None
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Checked batches of a loader, each on its way to a GPU while the one before is computed.
+
+    Args:
+        note: called with the images and labels of each batch, in order, before it goes anywhere.
 
     Yields:
         images [B, 3, H, W] and labels [B], int64 on the CPU.
@@ -74,7 +80,91 @@ def read(loader: Iterable[Any], vit: FrozenViT) -> Iterator[tuple[Tensor, Tensor
     Raises:
         DataError: what the loader gives cannot be used, or it failed (its own exception is the cause).
     """
-    yield from _ahead(_batches(loader, vit), vit.device)
+    try:
+        iterator = iter(loader)
+    except TypeError as error:
+        raise DataError(f"loader must be an iterable of (images, labels), got {type(loader).__name__}") from error
+    try:
+        batches = _batches(iterator, vit, note, has_workers=getattr(loader, "num_workers", 0) > 0)
+        yield from _ahead(batches, vit.device)
+    finally:
+        _end_workers(loader, iterator)
+
+
+def _end_workers(loader: Iterable[Any], iterator: Iterator[Any]) -> None:
+    """End a DataLoader's worker processes now. They would live as long as a traceback holds the iterator, and as long
+    as one that has died is known, PyTorch raises its error again whenever another process ends."""
+    end = getattr(iterator, "_shutdown_workers", None)
+    if callable(end) and not getattr(loader, "persistent_workers", False):
+        with contextlib.suppress(RuntimeError):  # that error
+            end()
+
+
+def _batches(
+    iterator: Iterator[Any], vit: FrozenViT, note: Callable[[Tensor, Tensor], None] | None, *, has_workers: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Checked (images, labels [int64, CPU]) of the loader; its own failures as DataError."""
+    position = 0
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            break
+        except HGPromptError as error:
+            raise of_a_worker(error) from error.__cause__
+        except Exception as error:
+            reason = _of_torch(error, has_workers=has_workers) or _in_words(error)
+            raise DataError(f"the loader failed after {position} batches: {reason}") from error
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            kind = (
+                f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
+            )
+            raise DataError(f"batch {position} of the loader is a {kind}; it must be a pair (images, labels)")
+        try:
+            images, labels = _check_batch(vit, *batch)
+        except DataError as error:
+            raise DataError(f"batch {position} of the loader: {error}") from error
+        if note is not None:
+            note(images, labels)
+        yield images, labels
+        position += 1
+
+
+def of_the_loader(error: BaseException) -> BaseException:
+    """The error itself, or a DataError where it says that a DataLoader's worker has died: PyTorch raises that from a
+    signal, wherever the program is."""
+    reason = _of_torch(error)
+    return error if reason is None or isinstance(error, HGPromptError) else DataError(f"the loader failed: {reason}")
+
+
+def _of_torch(error: BaseException, *, has_workers: bool = False) -> str | None:
+    """What has become of a DataLoader's workers, and what to do; None for other errors.
+
+    Args:
+        has_workers: the error came from a DataLoader with worker processes: then a connection that is lost is that to
+            one of them, for what is raised within a worker comes with its traceback as text.
+    """
+    text = str(error).strip()
+    lost = has_workers and isinstance(error, (ConnectionError, EOFError)) and not text.startswith("Caught ")
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader timed out"):
+        return (
+            f"no batch came from its workers in time ({text}): one hangs, or its storage is slow. Look for locks in "
+            "the dataset's code that were held when the worker was forked, or give the DataLoader a longer timeout"
+        )
+    if lost or (isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid")):
+        first = (text or type(error).__name__).splitlines()[0]
+        return (
+            f"a worker process has died ({first}): most often the system has killed it for memory. Give fewer workers, "
+            "smaller batches or more shared memory"
+        )
+    return None
+
+
+def _in_words(error: Exception) -> str:
+    text = str(error).strip()
+    if text.startswith("Caught ") and "\n" in text:  # with the traceback of the worker that raised it
+        return f"{text.splitlines()[-1]} (in a worker process)"
+    return f"{type(error).__name__}: {text}"
 
 
 def same_batches(batches: Iterator[tuple[Tensor, Tensor]], ranks: Ranks, stage: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -105,36 +195,6 @@ def _checksum(images: Tensor, labels: Tensor) -> int:
     flat = images.detach().reshape(-1)
     some = flat[:: max(1, len(flat) // 509)].cpu().contiguous()
     return zlib.crc32(labels.numpy().tobytes(), zlib.crc32(some.view(torch.uint8).numpy().tobytes()))
-
-
-def _batches(loader: Iterable[Any], vit: FrozenViT) -> Iterator[tuple[Tensor, Tensor]]:
-    """Checked (images, labels [int64, CPU]) of the loader; its own failures as DataError."""
-    try:
-        iterator = iter(loader)
-    except TypeError as error:
-        raise DataError(f"loader must be an iterable of (images, labels), got {type(loader).__name__}") from error
-    position = 0
-    while True:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            break
-        except HGPromptError as error:
-            raise of_a_worker(error) from error.__cause__
-        except Exception as error:
-            raise DataError(
-                f"the loader failed after {position} batches: {type(error).__name__}: {error}; nothing was kept"
-            ) from error
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            kind = (
-                f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
-            )
-            raise DataError(f"batch {position} of the loader is a {kind}; it must be a pair (images, labels)")
-        try:
-            yield _check_batch(vit, *batch)
-        except DataError as error:
-            raise DataError(f"batch {position} of the loader: {error}") from error
-        position += 1
 
 
 def _ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

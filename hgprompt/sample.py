@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hgprompt.distributed import Ranks
+from hgprompt.errors import StatisticsError
 
 
 class ImageSample:
@@ -48,15 +49,24 @@ class ImageSample:
         """Bytes of the images and features kept."""
         return sum(t.numel() * t.element_size() for t in (*self._images, *self._features))
 
-    def update(self, images: Tensor, labels: Tensor, features: Tensor) -> None:
-        """Offer a batch: images [B, ...], labels [B], features [M, B, h]. What is kept is copied, on its device."""
+    @property
+    def features(self) -> list[Tensor]:
+        """Features [M, h] of each image kept, place by place: what cannot be drawn from the stream again."""
+        return self._features
+
+    def update(self, images: Tensor, labels: Tensor, features: Tensor | None) -> None:
+        """Offer a batch: images [B, ...], labels [B], features [M, B, h]. What is kept is copied, on its device.
+
+        Without features the images are drawn all the same; `restore` brings the features.
+        """
         first, step = self.shard
         positions = first + step * np.arange(self._seen, self._seen + len(labels))
         numbers = draw(positions, self.seed).tolist()
         for i, (label, position, number) in enumerate(zip(labels.tolist(), positions.tolist(), numbers, strict=True)):
             place = self._place(number)
             if place is not None:
-                self._put(place, images[i].clone(), label, features[:, i].clone(), position)
+                of_image = torch.empty(0) if features is None else features[:, i].clone()
+                self._put(place, images[i].clone(), label, of_image, position)
         self._seen += len(labels)
 
     def share(self, ranks: Ranks) -> None:
@@ -69,6 +79,12 @@ class ImageSample:
         mine = torch.tensor([-negative for negative, _ in self._largest], dtype=torch.int64)
         numbers = torch.cat(ranks.gather(mine)).sort().values
         self._limit = int(numbers[self.capacity - 1]) if len(numbers) > self.capacity > 0 else None
+
+    def restore(self, features: list[Tensor]) -> None:
+        """Put back the `features` of a sample that has been offered the same stream."""
+        if len(features) != len(self):
+            raise StatisticsError(f"features of {len(features)} images for a sample of {len(self)}")
+        self._features = list(features)
 
     def fold(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Images [n, ...], labels [n] and features [M, n, h] of fold k, in the order of the stream."""

@@ -332,6 +332,42 @@ class EnsembleStatistics:
             loaded._classes = set(labels.unique().tolist())
         self.__dict__.update(loaded.__dict__)
 
+    def kept(self) -> list[Tensor] | list[Moments]:
+        """What is kept, not copied: features [M, b, h] batch by batch, or the moments of every fold."""
+        self._finite.finish()
+        return self._features if self._moments is None else self._moments
+
+    def restore(self, labels: Tensor, kept: list[Tensor] | list[Moments], dtype: torch.dtype) -> None:
+        """Take the place of a pass whose images had these labels [N], and which kept this of features of this dtype,
+        and go on to the same bits.
+
+        Raises:
+            StatisticsError: they do not fit together.
+        """
+        restored, first = self._like_this(), kept[0]
+        folds = restored.next_folds(len(labels))
+        restored._num_images, restored._classes = len(labels), set(labels.unique().tolist())
+        restored._expected = self._expected
+        if isinstance(first, Moments):
+            moments = [m for m in kept if isinstance(m, Moments)]
+            counts = [folds.eq(k).sum().item() for k in range(self.folds)]
+            if [m.count for m in moments] != counts:
+                raise StatisticsError(f"moments of {[m.count for m in moments]} images by fold, expected {counts}")
+            restored._moments, restored._shape = moments, (first.num_prompts, first.width)
+            device = first.sums.device
+        else:
+            batches = [f for f in kept if isinstance(f, Tensor)]
+            sizes = [f.shape[1] for f in batches]
+            if sum(sizes) != len(labels):
+                raise StatisticsError(f"features of {sum(sizes)} images, labels of {len(labels)}")
+            restored._features, restored._shape = batches, (len(first), first.shape[2])
+            restored._labels, restored._fold_of = list(labels.split(sizes)), list(folds.split(sizes))
+            device = first.device
+        restored._dtype = dtype
+        free = available_bytes(device) if self.max_bytes is None else None
+        restored._limit = self.max_bytes if free is None else free + restored.nbytes
+        self.__dict__.update(restored.__dict__)
+
     def h_score(self, weights: Tensor, *, shrinkage: Any = "auto") -> float:
         """H(α) of the mixed features Σα_i f_i (Eqs. 4 and 5); shrinkage as for `hgprompt.h_score`.
 
@@ -510,9 +546,10 @@ class _FiniteCheck:
 
     def _finish(self, left: int) -> None:
         while len(self._pending) > left:
-            event, finite, position = self._pending.popleft()
+            event, finite, position = self._pending[0]
             event.synchronize()
-            self._require(finite, position)
+            self._require(finite, position)  # what is not finite stays the answer, however often it is asked for
+            self._pending.popleft()
 
     @staticmethod
     def _require(finite: Tensor, position: int) -> None:

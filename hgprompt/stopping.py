@@ -84,6 +84,18 @@ class StopRule:
         logger.info("%d images: α is known to %.3f (L1)", self.num_images, self.error)
         return self.error <= self.tolerance
 
+    def state(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the looks taken: images [n] int64, weights [n, M] and bounds [n], which may be infinite. What labels tell
+        is not in it: a stream that is read again goes through `due` again."""
+        positions = torch.tensor([n for n, _ in self._looks], dtype=torch.int64)
+        weights = torch.stack([w for _, w in self._looks]) if self._looks else torch.zeros(0, 0, dtype=torch.float64)
+        return positions, weights, torch.tensor(self._found, dtype=torch.float64)
+
+    def restore(self, positions: Tensor, weights: Tensor, found: Tensor) -> None:
+        """Put back the looks of `state`."""
+        self._looks = list(zip(positions.tolist(), weights.unbind(0), strict=True))
+        self._found = found.tolist()
+
     def _moved(self, weights: Tensor) -> float:
         earlier = [w for n, w in self._looks if 2 * n <= self.num_images]
         return float((weights - earlier[-1]).abs().sum()) if earlier else math.inf

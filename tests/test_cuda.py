@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hgprompt import EnsembleStatistics, FrozenViT, WeightProblem, encode, fast_ensemble, network, operations
-from hgprompt.encoder import pull_back
+from hgprompt.encoder import MicroBatch, pull_back
 from hgprompt.errors import DataError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -70,6 +70,58 @@ def test_batches_are_copied_ahead_unchanged(kind, monkeypatch):
     here = fast_ensemble(prompts, [(images.cuda(), labels)], backbone=model, device="cuda")
     there = fast_ensemble(prompts, loader, backbone=model, device="cuda")
     torch.testing.assert_close(there.weights, here.weights, rtol=0, atol=1e-4)  # float32 network, other batch shapes
+
+
+@pytest.mark.parametrize("keep", ["features", "moments"])
+@pytest.mark.parametrize("head", ["shared-lda", "own"])
+def test_a_resumed_pass_has_the_same_bits(keep, head, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) // 2 % 3
+    images = torch.randn(60, 3, 16, 16, generator=g) + labels[:, None, None, None]
+    loader = [(images[i : i + 5], labels[i : i + 5]) for i in range(0, 60, 5)]
+    own = torch.nn.Linear(16, 3).requires_grad_(False).cuda()
+    options = {
+        "backbone": literal.tiny_vit(), "device": "cuda", "keep": keep, "head": own if head == "own" else head
+    }  # fmt: skip
+    prompts = torch.randn(3, 2, 16, generator=g)
+
+    class Broken(list):
+        def __iter__(self):
+            yield from self[:7]
+            raise ValueError("gone")
+
+    expected = fast_ensemble(prompts, loader, **options)
+    with pytest.raises(DataError, match="gone"):
+        fast_ensemble(prompts, Broken(loader), checkpoint_dir=tmp_path, **options)
+    assert (tmp_path / "pass.safetensors").exists()
+    resumed = fast_ensemble(prompts, loader, checkpoint_dir=tmp_path, **options)
+    assert torch.equal(resumed.weights, expected.weights)
+    assert torch.equal(resumed.gradient_cosines, expected.gradient_cosines)
+    assert resumed.h_score == expected.h_score
+
+
+def test_a_real_shortage_of_memory_halves_the_micro_batch():
+    vit = FrozenViT.from_timm(literal.named_vit("vit_small_patch16_224", img_size=64), device="cuda")
+    g = torch.Generator().manual_seed(0)
+    prompts = torch.randn(4, 8, 384, generator=g).cuda()
+    images = torch.randn(512, 3, 64, 64, generator=g).cuda()
+
+    def loss(features, m, b):
+        return features.square().sum((1, 2))
+
+    expected = pull_back(vit, prompts, images, loss, micro_batch=64)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**29) / total)
+    try:
+        limit = MicroBatch(2048)  # some 4 GB of activations, where half a GB may be had
+        actual = pull_back(vit, prompts, images, loss, micro_batch=limit)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert limit.resolve(vit, prompts, backward=True) < 2048
+    for mine, reference in zip(actual, expected, strict=True):
+        # float32 (TF32 in the patches' convolution): sums in another order.
+        assert float((mine - reference).norm() / reference.norm()) < 1e-3
 
 
 @pytest.mark.parametrize("batch", [0, 7, 11], ids=["first", "middle", "last"])

@@ -40,6 +40,35 @@ def test_round_trip_and_same_bytes(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["x", "y"]
 
 
+def test_every_dtype_shape_and_layout_comes_back(tmp_path):
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16)
+    tensors = {str(d): torch.arange(5).to(d) for d in (*dtypes, torch.int8, torch.uint8)} | {
+        "bool": torch.tensor([True, False, True]), "number": torch.tensor(2.5), "empty": torch.zeros(3, 0),
+        "transposed": torch.arange(6.0).view(2, 3).T, "parts": [torch.ones(2, 3), torch.zeros(1, 2).T, torch.zeros(0)],
+    }  # fmt: skip
+    for checksum in (False, True):
+        write_safetensors(tmp_path / "x", tensors, {}, checksum=checksum)
+        found, _ = read_safetensors(tmp_path / "x", checksum=checksum)
+        expected = tensors | {"parts": torch.tensor([1.0] * 6 + [0.0] * 2)}
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+            assert found[name].dtype == value.dtype
+
+
+def test_a_checksum_is_asked_for_by_the_reader(tmp_path):
+    write_safetensors(tmp_path / "without", TENSORS, {})
+    with pytest.raises(FileFormatError, match="does not end with a checksum"):
+        read_safetensors(tmp_path / "without", checksum=True)
+    write_safetensors(tmp_path / "with", TENSORS, {}, checksum=True)
+    content = bytearray((tmp_path / "with").read_bytes())
+    content[-40] ^= 1  # of a tensor: nothing else could see it
+    (tmp_path / "with").write_bytes(bytes(content))
+    with pytest.raises(FileFormatError, match="damaged"):
+        read_safetensors(tmp_path / "with", checksum=True)
+    read_safetensors(tmp_path / "with")
+
+
 def test_file_of_another_program_has_no_metadata(tmp_path):
     save_file(TENSORS, tmp_path / "x")
     assert read_safetensors(tmp_path / "x")[1] == {}

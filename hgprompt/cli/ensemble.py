@@ -44,6 +44,14 @@ def ensemble(
     seed: Annotated[
         int, typer.Option(help="Of the gradient sample and the solver's starts.", min=0, max=2**63 - 1)
     ] = 0,
+    checkpoint_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep what is done in this folder: the same command goes on from there after an interruption.",
+            show_default=False,
+            rich_help_panel=options.OUTPUT_PANEL,
+        ),
+    ] = None,
     plot: Annotated[bool, typer.Option(help="Draw the figure.", rich_help_panel=options.OUTPUT_PANEL)] = True,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -80,6 +88,7 @@ def ensemble(
             tolerance=tolerance,
             preset="paper" if paper else None,
             seed=seed,
+            checkpoint_dir=checkpoint_dir,
             progress=not quiet,
             process_group=mine.group,
         )

@@ -239,7 +239,7 @@ def batches(
     import torch
 
     from hgprompt.data import LabelledImages
-    from hgprompt.data.folders import available_cores
+    from hgprompt.data.folders import WORKER_TIMEOUT, available_cores
 
     rank, world = share
     if isinstance(images, LabelledImages):
@@ -254,8 +254,9 @@ def batches(
         return torch.utils.data.DataLoader(mine, batch_size, num_workers=max(1, available_cores() // world))
     order = torch.Generator().manual_seed(seed or 0)
     return torch.utils.data.DataLoader(
-        images, batch_size, shuffle=seed is not None, generator=order, num_workers=available_cores()
-    )
+        images, batch_size, shuffle=seed is not None, generator=order, num_workers=available_cores(),
+        timeout=WORKER_TIMEOUT,
+    )  # fmt: skip
 
 
 def _render(

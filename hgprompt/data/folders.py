@@ -28,6 +28,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 MAX_LINES = 10_000_000
 MAX_CLASSES = 100_000
 MAX_PIXELS = 64 * 2**20
+WORKER_TIMEOUT = 300.0
 MAX_CACHE_BYTES = 4 * 2**30
 VTAB_ALIASES = (
     ("cifar", "cifar100"),
@@ -150,17 +151,23 @@ def make_loader(
     seed: int = 0,
     workers: int = 0,
     limit: int | None = None,
+    timeout: float = WORKER_TIMEOUT,
 ) -> DataLoader[tuple[Tensor, int]]:
     """A DataLoader of uint8 images [B, 3, H, W] and labels [B].
 
     Args:
         limit: only this many images, taken from the classes in turn (each in random order of the seed).
         shuffle, seed: order of the images; the global random state is neither read nor changed.
+        timeout: seconds that worker processes may take for a batch, before they count as hanging and the loader fails.
+            0: for ever.
     """
     samples = task.samples if limit is None else balanced(task.samples, limit, seed)
     generator = torch.Generator().manual_seed(seed)
     dataset = ImageDataset(samples, image_size, interpolation=interpolation)
-    return DataLoader(dataset, batch_size, shuffle=shuffle, num_workers=workers, generator=generator)
+    return DataLoader(
+        dataset, batch_size, shuffle=shuffle, num_workers=workers, generator=generator,
+        timeout=timeout if workers else 0,
+    )  # fmt: skip
 
 
 def open_images(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hgprompt.data.images import LabelledImages
 from hgprompt.errors import FileFormatError, OptionError
-from hgprompt.files import read_safetensors, write_safetensors
+from hgprompt.files import digest_of_tensors, read_safetensors, write_safetensors
 
 _FORMAT, _VERSION = "hgprompt-tuning", 2
 
@@ -74,13 +73,3 @@ def digest_of_images(images: Any) -> str:
     listing: list[Any] = [[str(path), path.stat().st_size, label] for path, label in images.samples]
     listing += [list(images.image_size), images.interpolation]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-
-
-def digest_of_tensors(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of dtypes, shapes and values."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(f"{plain.dtype}{list(plain.shape)}".encode())
-        digest.update(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
-    return digest.hexdigest()

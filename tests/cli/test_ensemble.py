@@ -59,6 +59,18 @@ def _env(environment):
 ENSEMBLE = ("ensemble", "pool.safetensors", "task", "--weights", "weights.safetensors", "--device", "cpu")
 
 
+def test_checkpoints_are_gone_when_there_is_a_result(place):
+    done = _run(place, *ENSEMBLE, "-o", "kept-out", "--checkpoint-dir", "kept", "--no-plot")
+    assert done.returncode == 0, done.stderr
+    assert (place / "kept").is_dir()
+    assert os.listdir(place / "kept") == []
+    (place / "kept" / "pass.safetensors").write_bytes(b"not a checkpoint")
+    refused = _run(place, *ENSEMBLE, "-o", "kept-out", "--checkpoint-dir", "kept", "--no-plot")
+    assert refused.returncode != 0
+    assert "kept/pass.safetensors" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
 def test_ensemble_and_inspect(place):
     done = _run(place, *ENSEMBLE, "-o", "out", "--exclude", "birds")
     assert done.returncode == 0, done.stderr

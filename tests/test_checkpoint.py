@@ -1,0 +1,522 @@
+"""A pass that was interrupted goes on to the bits of the undisturbed one, or says why it cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from unittest.mock import Mock
+
+import literal
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hgprompt.checkpoint
+import hgprompt.ensemble
+from hgprompt.backbone import FrozenViT
+from hgprompt.checkpoint import SHARE, PassCheckpoint
+from hgprompt.ensemble import fast_ensemble
+from hgprompt.errors import DataError, FileFormatError, HGPromptError, HGPromptWarning, OptionError, OutputError
+from hgprompt.files import read_safetensors, write_safetensors
+from hgprompt.sample import ImageSample
+from hgprompt.statistics import EnsembleStatistics
+
+N, BATCH, C, M, FILE = 90, 6, 3, 3, "pass.safetensors"
+QUICK = {"folds": 3, "starts": 1, "max_steps": 5}
+
+
+def _data(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, C, (N,), generator=g)
+    return torch.randn(N, 3, 16, 16, generator=g) + torch.randn(C, 3, 1, 1, generator=g)[labels], labels
+
+
+def _prompts(seed=5):
+    return torch.randn(M, 2, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def _batches(size=BATCH, images=None, labels=None):
+    images, labels = _data() if images is None else (images, labels)
+    return [(images[i : i + size], labels[i : i + size]) for i in range(0, N, size)]
+
+
+def _head(seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.nn.Linear(16, C)
+
+
+VIT = FrozenViT.from_timm(literal.tiny_vit())
+
+
+def _run(loader, folder=None, **options):
+    options = {"backbone": VIT, "checkpoint_every": 0.0} | QUICK | options
+    return fast_ensemble(options.pop("prompts", _prompts()), loader, checkpoint_dir=folder, **options)
+
+
+class _Until:
+    """A loader that fails after so many batches; with a length, as the whole one has."""
+
+    def __init__(self, batch, error=None, batches=None):
+        self.batches, self.batch = batches or _batches(), batch
+        self.error = error or ValueError("the disk is gone")
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        yield from self.batches[: self.batch]
+        raise self.error
+
+
+def _interrupt(folder, batch=4, **options):
+    with pytest.raises(DataError, match="the disk is gone"):
+        _run(_Until(batch), folder, **options)
+
+
+def _assert_same_bits(result, expected):
+    for name in ("weights", "prompt", "weight_std", "gradient_cosines", "source_h_scores"):
+        torch.testing.assert_close(getattr(result, name), getattr(expected, name), rtol=0, atol=0, equal_nan=True)
+    for name in ("h_score", "alignment_loss", "objective", "n_images", "n_gradient_images", "sample_h_score"):
+        assert float(getattr(result, name)).hex() == float(getattr(expected, name)).hex(), name  # NaN is NaN
+
+
+OPTIONS = {
+    "features": {"keep": "features"},
+    "moments": {"keep": "moments"},
+    "features, then moments": {"folds": 1},
+    "a small sample": {"gradient_images": 10},
+    "all images": {"gradient_images": None},
+    "no gradients": {"gradient_images": 0, "lam": 0.0},
+    "own head": {"head": _head()},
+    "own function": {"head": lambda features: features[:, :C]},
+    "tolerance": {"tolerance": 1e-9, "seed": 3},
+    "uint8": {},
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_a_resumed_pass_has_the_bits_of_the_undisturbed_one(kind, tmp_path):
+    options, batches = OPTIONS[kind], _batches()
+    if kind == "uint8":
+        batches = [((50 * x).clamp(0, 255).byte(), y) for x, y in batches]
+    sized = kind != "features, then moments"  # with a length, the smaller one is taken from the start
+    expected = _run(batches if sized else iter(batches), **options)
+    for number in (1, 5, 9):
+        loader = _Until(number, batches=batches)
+        with pytest.raises(DataError, match="call again with the same data"):
+            _run(loader if sized else iter(loader), tmp_path, **options)
+        assert os.listdir(tmp_path) == [FILE]
+    _assert_same_bits(_run(batches if sized else iter(batches), tmp_path, **options), expected)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_representation_changes_where_it_is_said_to(monkeypatch):
+    """The case above that is to change from features to moments does so, after the last interruption."""
+    seen = []
+    update = EnsembleStatistics.update
+
+    def watched(self, features, labels):
+        update(self, features, labels)
+        seen.append(self.keeps)
+
+    monkeypatch.setattr(EnsembleStatistics, "update", watched)
+    _run(iter(_batches()), **OPTIONS["features, then moments"])
+    assert seen[8] == "features"
+    assert seen[-1] == "moments"
+
+
+def test_killed_at_fifty_random_moments(tmp_path):
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    kills = {"features": 20, "moments": 16, "own head": 7, "tolerance": 7}
+    command = [sys.executable, str(here / "programs" / "killed_passes.py"), str(tmp_path)]
+    done = subprocess.run(
+        [*command, *(f"{kind}={n}" for kind, n in kills.items())], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {kind: counts["kills"] for kind, counts in found.items()} == kills
+    # A checkpoint after every batch: were none there to resume from, the comparison would have said nothing.
+    assert sum(counts["with a checkpoint"] for counts in found.values()) >= 25
+
+
+def test_what_is_done_is_not_computed_again(tmp_path, monkeypatch):
+    calls = []
+    encode = hgprompt.ensemble.encode
+    monkeypatch.setattr(
+        hgprompt.ensemble, "encode", lambda vit, prompts, images, **o: calls.append(images.shape[0])
+        or encode(vit, prompts, images, **o),
+    )  # fmt: skip
+    _interrupt(tmp_path, 7)
+    calls.clear()
+    _run(_batches(), tmp_path)
+    assert calls[:-1] == [BATCH] * (N // BATCH - 7)  # and one call more, for the mixed prompt at the end
+
+
+@pytest.mark.parametrize("where", ["loader", "network"])
+def test_ctrl_c_keeps_what_is_done(where, tmp_path, monkeypatch):
+    loader = _Until(5, KeyboardInterrupt()) if where == "loader" else _batches()
+    if where == "network":
+        encode, left = hgprompt.ensemble.encode, iter([False] * 5 + [True])
+
+        def interrupted(*arguments, **options):
+            if next(left):
+                raise KeyboardInterrupt
+            return encode(*arguments, **options)
+
+        monkeypatch.setattr(hgprompt.ensemble, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _run(loader, tmp_path, checkpoint_every=1e6)
+    monkeypatch.undo()
+    assert len(read_safetensors(tmp_path / FILE)[0]["batches"]) == 5
+    _assert_same_bits(_run(_batches(), tmp_path), _run(_batches()))
+
+
+def test_a_batch_that_is_half_done_is_not_kept(tmp_path, monkeypatch):
+    """Interrupted between the statistics and the sample, memory holds two different numbers of images."""
+    update, left = ImageSample.update, iter([False] * 5 + [True])
+
+    def interrupted(self, *arguments):
+        if next(left):
+            raise KeyboardInterrupt
+        update(self, *arguments)
+
+    monkeypatch.setattr(ImageSample, "update", interrupted)
+    monkeypatch.setattr(hgprompt.checkpoint, "SHARE", 1e9)  # after every batch
+    with pytest.raises(KeyboardInterrupt):
+        _run(_batches(), tmp_path)
+    monkeypatch.undo()
+    assert len(read_safetensors(tmp_path / FILE)[0]["batches"]) == 5
+    _assert_same_bits(_run(_batches(), tmp_path), _run(_batches()))
+
+
+def test_features_that_are_found_late_not_to_be_finite_replace_no_checkpoint(tmp_path, monkeypatch):
+    """On a GPU the check answers two batches later; here an event that has happened stands for the GPU's."""
+
+    def late(self, features, position):
+        self._pending.append((Mock(), features.flatten(1).isfinite().all(1), position))
+        self._finish(2)
+
+    _interrupt(tmp_path, 3)
+    before = (tmp_path / FILE).read_bytes()
+    monkeypatch.setattr("hgprompt.statistics._FiniteCheck.check", late)
+    encode, calls = hgprompt.ensemble.encode, itertools.cycle(range(3))
+
+    def broken(*arguments, **options):
+        return encode(*arguments, **options) / float(next(calls) != 2)  # of batch 5
+
+    monkeypatch.setattr(hgprompt.ensemble, "encode", broken)
+    with pytest.raises(DataError, match="the disk is gone"):  # before anyone has asked whether they are finite
+        _run(_Until(6), tmp_path, checkpoint_every=1e6)
+    with pytest.raises(DataError, match=f"batch after image {5 * BATCH}"):
+        _run(_batches(), tmp_path, checkpoint_every=1e6)
+    assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_a_failure_in_the_solve_does_not_cost_the_pass(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(hgprompt.ensemble, "WeightProblem", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        _run(_batches(), tmp_path, checkpoint_every=1e6)
+    monkeypatch.undo()
+    # What only the solve needs may be another then.
+    _assert_same_bits(_run(_batches(), tmp_path, lam=0.3), _run(_batches(), lam=0.3))
+
+
+OTHER_PASSES = {
+    "prompts": {"prompts": _prompts(6)},
+    "prompts ": {"prompts": dict(zip("xyz", _prompts(), strict=True))},
+    "backbone": {"backbone": literal.tiny_vit(seed=1)},
+    'dtype, "float32" and not "float64"': {"dtype": torch.float64},
+    "folds, 3 and not 4": {"folds": 4},
+    'keep, "auto" and not "moments"': {"keep": "moments"},
+    "gradient_images, 256 and not 20": {"gradient_images": 20},
+    "seed, 0 and not 1": {"seed": 1},
+    'head, "shared-lda" and not "lda"': {"head": "lda"},
+    "head": {"head": _head()},
+    "tolerance, null and not 0.5": {"tolerance": 0.5},
+    "micro_batch, null and not 2": {"micro_batch": 2},
+    "normalisation": {"backbone": FrozenViT.from_timm(literal.tiny_vit()).set_preprocessing(mean=(0.1, 0.2, 0.3))},
+}
+
+
+def test_another_pass_is_refused_by_name(tmp_path):
+    _interrupt(tmp_path)
+    before = (tmp_path / FILE).read_bytes()
+    for difference, options in OTHER_PASSES.items():
+        with pytest.raises(OptionError, match="another pass") as caught:
+            _run(_batches(), tmp_path, **options)
+        assert difference.strip() in str(caught.value)
+    assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_another_head_of_the_same_kind_is_refused(tmp_path):
+    _interrupt(tmp_path, head=_head(0))
+    with pytest.raises(OptionError, match="head"):
+        _run(_batches(), tmp_path, head=_head(1))
+
+
+def test_other_data_or_another_order_is_refused(tmp_path):
+    with pytest.raises(DataError):
+        _run(iter(_Until(6)), tmp_path)  # of no length: it has to be seen in the stream
+    before = (tmp_path / FILE).read_bytes()
+    images, labels = _data()
+    order = torch.arange(N)
+    other = next(i for i in range(19, 24) if labels[i] != labels[18])  # both in batch 3
+    order[18], order[other] = other, 18
+    relabelled = labels.clone()
+    relabelled[33] = (relabelled[33] + 1) % C
+    cases = {
+        "batch 3 .* its labels are others": _batches(images=images[order], labels=labels[order]),
+        "batch 5 .* its labels are others": _batches(images=images, labels=relabelled),
+        "batch 2 .* its pixels are others": [*_batches()[:2], (_batches()[2][0].flip(3), _batches()[2][1])],
+        "batch 0 .* its pixels are others": _batches(images=images.double(), labels=labels),
+        "batch 0 .* 5 images and not 6: the batch size is another": _batches(5),
+        "ended after 4 batches.* written after 6": _batches()[:4],
+    }
+    for message, loader in cases.items():
+        with pytest.raises(DataError, match=message):
+            _run(iter(loader), tmp_path)
+    with pytest.raises(DataError, match=r"the disk is gone.*is as it was"):
+        _run(iter(_Until(3)), tmp_path)
+    with pytest.raises(OptionError, match="batches of the loader, null and not 18"):
+        _run(_batches(5), tmp_path)
+    assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_another_number_of_ranks_is_refused(tmp_path):
+    PassCheckpoint(tmp_path, {}, rank=1, num_ranks=2)
+    _interrupt(tmp_path)
+    for rank in range(2):
+        with pytest.raises(OptionError, match=r"pass.safetensors, .* another number of ranks than 2"):
+            PassCheckpoint(tmp_path, {}, rank=rank, num_ranks=2)
+    (tmp_path / FILE).rename(tmp_path / "pass-rank-0001-of-0002.safetensors")
+    with pytest.raises(OptionError, match="another number of ranks than 1"):
+        _run(_batches(), tmp_path)
+
+
+def _rank(rank, world, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    own = _batches()[rank::world]
+    options = {"process_group": dist.group.WORLD, "keep": "moments"}
+    expected = _run(own, **options)
+    with contextlib.suppress(DataError):  # before anything is reduced, so that no rank waits for another
+        _run(_Until(2 + 3 * rank, batches=own), f"{folder}/kept", **options)
+    result = _run(own, f"{folder}/kept", **options)
+    left = [name for name in os.listdir(f"{folder}/kept") if f"-{rank:04d}-of-" in name]
+    torch.save((result.weights, expected.weights, left), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_every_rank_goes_on_from_where_it_was(tmp_path):
+    mp.spawn(_rank, (2, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        resumed, undisturbed, left = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.equal(resumed, undisturbed)
+        assert left == []
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder with a checkpoint of a pass, its bytes, and its identity."""
+    folder = tmp_path_factory.mktemp("written")
+    _interrupt(folder, keep="moments", head=_head())
+    identity = read_safetensors(folder / FILE)[1]["identity"]
+    return folder, (folder / FILE).read_bytes(), identity
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_other_byte_is_refused(written, data):
+    folder, content, identity = written
+    kind = data.draw(st.sampled_from(["change", "truncate", "append", "replace"]))
+    at = data.draw(st.integers(0, len(content) - 1))
+    if kind == "change":
+        hostile = bytearray(content)
+        hostile[at] ^= data.draw(st.integers(1, 255))
+    elif kind == "truncate":
+        hostile = content[:at]
+    elif kind == "append":
+        hostile = content + data.draw(st.binary(min_size=1, max_size=100))
+    else:
+        hostile = data.draw(st.binary(max_size=200))
+    (folder / FILE).write_bytes(bytes(hostile))
+    try:
+        with pytest.raises(HGPromptError):
+            PassCheckpoint(folder, identity)
+    finally:
+        (folder / FILE).write_bytes(content)
+    PassCheckpoint(folder, identity)
+
+
+FORGERIES = {
+    "no batches": lambda t, m: t.pop("batches"),
+    "no batch": lambda t, m: t.update(batches=t["batches"][:0]),
+    "a negative batch": lambda t, m: t["batches"][0].neg_(),
+    "flat batches": lambda t, m: t.update(batches=t["batches"].flatten()),
+    "no rows": lambda t, m: t.pop("moments.0.rows.0"),
+    "rows of another shape": lambda t, m: t.update({"moments.1.rows.1": t["moments.1.rows.1"][:-1]}),
+    "NaN": lambda t, m: t["moments.1.sums"].fill_(torch.nan),
+    "half the digits": lambda t, m: t.update({"moments.1.sums": t["moments.1.sums"].float()}),
+    "other classes": lambda t, m: t["moments.0.classes"].add_(1),
+    "a class twice": lambda t, m: t["moments.0.classes"].fill_(0),
+    "gradients of other prompts": lambda t, m: t.update(gradients=t["gradients"][:, :2]),
+    "infinite gradients": lambda t, m: t["gradients"].fill_(torch.inf),
+    "gradients of too many images": lambda t, m: m.update(num_gradient_images=10**9),
+    "gradients of -1 images": lambda t, m: m.update(num_gradient_images=-1),
+    "gradients of no number": lambda t, m: m.update(num_gradient_images=[1]),
+    "gradients of nothing": lambda t, m: t.pop("gradients"),
+    "something more": lambda t, m: t.update(more=torch.zeros(3)),
+    "features as well": lambda t, m: t.update({"features": torch.zeros(3), "features.sizes": torch.tensor([1])}),
+    "another version": lambda t, m: m.update(version=99),
+    "another format": lambda t, m: m.update(format="hgprompt-pool"),
+    "no identity": lambda t, m: m.update(identity=[1, 2]),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_forged_content_is_refused(forgery, written, tmp_path):
+    """With a checksum that is right: the checks behind it."""
+    tensors, metadata = read_safetensors(written[0] / FILE, checksum=True)
+    FORGERIES[forgery](tensors, metadata)
+    write_safetensors(tmp_path / FILE, {k: v.contiguous() for k, v in tensors.items()}, metadata, checksum=True)
+    with pytest.raises((FileFormatError, OptionError, DataError)) as caught:
+        _run(_batches(), tmp_path, keep="moments", head=_head())
+    assert FILE in str(caught.value)
+
+
+def _forged_sizes(sizes):
+    return lambda t: t.update({"features.sizes": sizes})
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        _forged_sizes(torch.tensor([24])[:0]),
+        _forged_sizes(torch.tensor([-6, 30])),
+        _forged_sizes(torch.tensor([2**62, 2**62, 2**62, 2**62, 24])),
+        _forged_sizes(torch.tensor(24)),
+        _forged_sizes(torch.tensor([24.0])),
+        lambda t: t.pop("features.sizes"),
+        lambda t: t.update(features=t["features"].double()),
+        lambda t: t.update(features=t["features"][:-1]),
+        lambda t: t.pop("sample"),
+        lambda t: t.update(sample=t["sample"][:-1]),
+        lambda t: t.pop("looks.bounds"),
+        lambda t: t["looks.bounds"].fill_(torch.nan),
+        lambda t: t["looks.images"].fill_(10**6),
+        lambda t: t.update({"looks.weights": t["looks.weights"][:, :2]}),
+        lambda t: t.update({"looks.images": torch.tensor(3)}),
+    ],
+)
+def test_forged_features_and_looks_are_refused(forge, tmp_path, monkeypatch):
+    monkeypatch.setattr("hgprompt.stopping.FIRST", 6)
+    options = {"tolerance": 1e-9, "keep": "features"}
+    _interrupt(tmp_path, **options)
+    tensors, metadata = read_safetensors(tmp_path / FILE, checksum=True)
+    assert len(tensors["looks.images"]) > 0
+    forge(tensors)
+    write_safetensors(tmp_path / FILE, {k: v.contiguous() for k, v in tensors.items()}, metadata, checksum=True)
+    with pytest.raises(FileFormatError, match="no whole checkpoint"):
+        _run(_batches(), tmp_path, **options)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_pass(tmp_path):
+    _interrupt(tmp_path, 3)
+    before = (tmp_path / FILE).read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            _interrupt(tmp_path, 7)
+            assert (tmp_path / FILE).read_bytes() == before
+            assert os.listdir(tmp_path) == [FILE]
+            result = _run(_batches(), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    messages = [str(w.message) for w in warned if w.category is HGPromptWarning]
+    assert [m.startswith("no checkpoint could be written, the pass goes on") for m in messages] == [True] * 2  # a pass
+    _assert_same_bits(result, _run(_batches()))
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        _run(iter(()), tmp_path / "file")
+    with pytest.raises(OptionError, match="checkpoint_every"):
+        _run(iter(()), tmp_path / "folder", checkpoint_every=-1.0)
+
+
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
+    (tmp_path / f".{FILE}.abc123.tmp").write_bytes(b"half")
+    (tmp_path / "of somebody else.tmp").write_bytes(b"whole")
+    PassCheckpoint(tmp_path, {})
+    assert os.listdir(tmp_path) == ["of somebody else.tmp"]
+
+
+class _Anything:
+    """The least that a checkpoint asks of a pass."""
+
+    vit, prompts, statistics, sample, rule = VIT, _prompts(), EnsembleStatistics(), None, None
+    gradients, num_gradient_images = None, 0
+
+
+def _simulated(folder, monkeypatch, *, every, cost, assumed, batches):
+    """When checkpoints are written, and when the pass ends, on a clock of our own: a batch takes a second, a checkpoint
+    `cost` seconds, and before the first one is written it must be thought to take `assumed`."""
+    now, times = [0.0], []
+
+    def write(*_, **__):
+        times.append(now[0])
+        now[0] += cost
+
+    monkeypatch.setattr(hgprompt.checkpoint, "write_safetensors", write)
+    monkeypatch.setattr(hgprompt.checkpoint, "size_of", lambda _: 1 + int(200e6 * assumed))
+    checkpoint = PassCheckpoint(folder, {}, every=every, clock=lambda: now[0])
+    images, labels = _batches()[0]
+    for _ in range(batches):
+        now[0] += 1.0
+        checkpoint.note(images, labels)
+        checkpoint.done()
+        if checkpoint.due(_Anything()):
+            checkpoint.write(_Anything())
+    checkpoint.end_of_stream(_Anything())
+    return times, now[0]
+
+
+@pytest.mark.parametrize(("every", "cost"), [(10.0, 0.1), (10.0, 2.0), (0.0, 1.0), (100.0, 0.0)])
+def test_checkpoints_keep_their_distance(every, cost, tmp_path, monkeypatch):
+    times, end = _simulated(tmp_path, monkeypatch, every=every, cost=cost, assumed=cost, batches=1000)
+    *gaps, last = (b - a for a, b in itertools.pairwise([-cost, *times]))
+    wait, small = max(every, cost / SHARE), 1e-5  # sums of many seconds, rounded
+    assert min(gaps) >= wait + cost - small
+    assert max(gaps) <= wait + cost + 1.0 + small  # one batch later at most
+    assert last >= cost / SHARE + cost - small  # at the end of the stream it need not be time, only be paid for
+    assert len(times) * cost <= SHARE * end + small
+
+
+def test_a_pass_too_short_to_pay_for_a_checkpoint_writes_none(tmp_path, monkeypatch):
+    times, _ = _simulated(tmp_path, monkeypatch, every=0.0, cost=60.0, assumed=60.0, batches=1000)
+    assert times == []
+
+
+def test_a_faster_disk_is_noticed(tmp_path, monkeypatch):
+    """The first waits until 1 s would be paid for, the second for 0.1 s, which the first has taken."""
+    times, _ = _simulated(tmp_path, monkeypatch, every=0.0, cost=0.1, assumed=1.0, batches=40)
+    assert times[:2] == pytest.approx([1 / SHARE, 1 / SHARE + 0.1 + 0.1 / SHARE], abs=2.1)  # a batch each
