@@ -14,7 +14,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["hgprompt", "literal"])  # imported once, for all processes
 
 
-def run(function, world, folder, *arguments, patience=60.0, timeout=30.0):
+def run(function, world, folder, *arguments, patience=180.0, timeout=60.0):
     """What function(rank, *arguments) returned on every rank; a process that died: its exit code.
 
     Args:
