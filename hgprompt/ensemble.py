@@ -7,6 +7,7 @@ the prompts become a Gram matrix; everything after the stream is small, exact li
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import warnings
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from hgprompt import operations
 from hgprompt.backbone import FrozenViT
 from hgprompt.checkpoint import PassCheckpoint, identity_of
+from hgprompt.distributed import Ranks, slices
 from hgprompt.encoder import Impl, MicroBatch, encode, pull_back
 from hgprompt.errors import DataError, HGPromptWarning, OptionError
-from hgprompt.inputs import Prompts, num_batches, of_the_loader, read, resolve
+from hgprompt.inputs import Prompts, digest, num_batches, read, resolve, same_batches
 from hgprompt.kernels.gram import grams, grams_reference
 from hgprompt.objective import Shrinkage, h_score
 from hgprompt.optimize import Solution, Solver, WeightProblem, check_options, jackknife_std
@@ -33,8 +35,11 @@ from hgprompt.statistics import EnsembleStatistics, Keep
 from hgprompt.stopping import StopRule
 from hgprompt.task_loss import FITTED, FittedHead, Head, fit_heads, given_loss, held_out_logits, inverse_temperatures
 from hgprompt.uncertainty import rank_std, weight_error
+from hgprompt.workers import of_the_loader
 
 logger = logging.getLogger(__name__)
+
+_READING = "reading the images"
 
 
 def fast_ensemble(
@@ -49,6 +54,7 @@ def fast_ensemble(
     seed: int = 0,
     progress: bool | Reporter = False,
     process_group: Any = None,
+    shard: Literal["images", "prompts"] = "images",
     head: Head = "shared-lda",
     gradient_images: int | None = 256,
     folds: int = 8,
@@ -80,15 +86,19 @@ def fast_ensemble(
         device, dtype: of the computation; None: the backbone's own (for a name: a GPU if there is one, float32).
         seed: of the gradient sample and the solver's starts. Same input, seed and device: the same bits.
         progress: True for a bar on stderr, or a callable (stage, done, total or None).
-        process_group: a torch.distributed group over whose ranks the images are spread: statistics and gradients
-            are reduced over it and every rank returns the same result. None: this process alone.
+        process_group: a torch.distributed group (gloo or NCCL) that shares the work: every rank of it calls this with
+            the same prompts, backbone and options, and returns the same bits (docs/scaling.md). None: this process
+            alone.
+        shard: what the ranks share: "images": each reads images of its own, possibly none, and statistics and
+            gradients are added up; or, for large pools, "prompts": each reads all images, in the same batches, and has
+            a share of the prompts in the network.
         head: whose loss is pulled back to the prompts (Eq. 8): "shared-lda", "lda", "centroid" (closed form, fitted
             and cross-fitted after the pass, see `hgprompt.task_loss`), or
             your own: a module or function features [b, h] → logits [b, C], or
             one per prompt. Your own is applied during the pass, to every image.
         gradient_images: with a closed-form head, gradients come from a uniform random sample of this many images,
-            which is kept while the stream goes by; None: all images are kept. 0 (with lam=0): no gradients. Over a
-            process group the number is per rank.
+            which is kept while the stream goes by; None: all images are kept. 0 (with lam=0): no gradients. Ranks
+            share the sample.
         folds: groups of images for cross-fitting and for the jackknife errors of the weights.
         preset: "paper" is Algorithm 1 to the letter: Eq. 5 unshrunk, H not divided by C-1, projected gradient from
             uniform with a fixed step (the paper gives none: 0.005, 1000 steps), gradients of all images.
@@ -114,8 +124,10 @@ def fast_ensemble(
     Raises:
         PromptError: prompts that do not fit together or the backbone, or that make features constant. DataError:
         images or labels that cannot be used, or a loader that failed (with its own exception as the cause).
-        BackboneError, OptionError: a backbone or an argument that cannot be used. FileFormatError, OptionError,
-        DataError: a checkpoint that is damaged, or of another pass or other data. Without checkpoint_dir nothing is
+        BackboneError, OptionError: a backbone or an argument that cannot be used. DistributedError: ranks that were
+        called differently, or another rank that failed, died or did not come within the group's timeout.
+        FileFormatError, OptionError, DataError: a checkpoint that is damaged, or of another pass or other data. Without
+        checkpoint_dir nothing is
         written anywhere.
     """
     if preset == "paper":
@@ -123,22 +135,42 @@ def fast_ensemble(
         solver, max_steps, learning_rate = "projected-gradient", 1000, 0.005
     elif preset is not None:
         raise OptionError(f"preset must be None or 'paper', got {preset!r}")
-    check_options(lam=lam, shrinkage=shrinkage, solver=solver, starts=starts)
-    _check_options(lam, gradient_images, folds, head)
-    if tolerance is not None and process_group is not None:
-        raise OptionError("tolerance cannot be combined with process_group: ranks would have to stop together")
-    rule = None if tolerance is None else StopRule(tolerance, folds)
     fitted = isinstance(head, str)
+    ranks = Ranks(process_group, _gpu_of(device, backbone))
     # What is made inside inference mode passes no gradient, so a caller's inference mode is suspended.
     with torch.inference_mode(False), Progress.of(progress) as report:
-        pool, stack, vit = resolve(prompts, backbone, device, dtype)
+        with ranks.together("checking the arguments"):
+            check_options(lam=lam, shrinkage=shrinkage, solver=solver, starts=starts)
+            _check_options(lam, gradient_images, folds, head, shard)
+            rule = None if tolerance is None else StopRule(tolerance, folds)
+            pool, stack, vit = resolve(prompts, backbone, device, dtype)
+            operations.select(vit, impl)
+            if checkpoint_dir is not None and not ranks.alone and (rule is not None or shard == "prompts"):
+                raise OptionError(
+                    "checkpoint_dir over a process_group takes shard='images' and no tolerance: else ranks go batch by "
+                    "batch, and each would resume at another"
+                )
         names = pool.names
-        operations.select(vit, impl)
-        # A stream that may stop early is not refused for the images that it would not read.
-        shards = 0 if rule is not None else _num_ranks(process_group)
-        statistics = EnsembleStatistics(folds=folds, keep=keep, max_bytes=max_bytes)
-        gather = _Pass(vit, stack, names, statistics, shards=shards, micro_batch=micro_batch, impl=impl)
-        sample = ImageSample(gradient_images if fitted else 0, folds, seed)
+        settings: dict[str, Any] = {
+            "shrinkage": shrinkage, "normalize": normalize, "solver": solver, "starts": starts, "tolerance": tolerance,
+            "gap_tolerance": gap_tolerance, "seed": seed, "folds": folds, "gradient_images": gradient_images,
+            "preset": preset, "head": head if isinstance(head, str) else "given",
+            "dtype": str(vit.dtype).removeprefix("torch."),
+        }  # fmt: skip
+        if not ranks.alone:
+            network = f"{vit.name} {vit.image_size} {vit.fingerprint}"
+            more = {"lam": lam, "max_steps": max_steps, "learning_rate": learning_rate, "shard": shard, "keep": keep}
+            ranks.agree({"prompts": digest(pool), "backbone": network} | more | settings)
+        by_prompts = shard == "prompts" and not ranks.alone
+        place = (0, 1) if by_prompts else (ranks.rank, ranks.world)
+        sample = ImageSample(gradient_images if fitted else 0, folds, seed, shard=place)
+        gather = _Pass(
+            vit, stack, names, EnsembleStatistics(folds=folds, keep=keep, max_bytes=max_bytes, shard=place),
+            ranks=ranks, by_prompts=by_prompts, micro_batch=micro_batch, impl=impl,
+            # A stream that may stop early is not refused for the images that it would not read.
+            shards=0 if rule is not None else place[1],
+        )  # fmt: skip
+
         checkpoint: PassCheckpoint | None = None
         if checkpoint_dir is not None:
             counts: dict[str, Any] = {
@@ -150,87 +182,114 @@ def fast_ensemble(
                     "lam": lam, "shrinkage": shrinkage, "normalize": normalize, "solver": solver, "starts": starts,
                     "gap_tolerance": gap_tolerance, "max_steps": max_steps, "learning_rate": learning_rate,
                 }  # fmt: skip
-            checkpoint = PassCheckpoint(
-                checkpoint_dir, identity_of(names, stack, vit, head, counts), every=checkpoint_every,
-                rank=_rank(process_group), num_ranks=_num_ranks(process_group),
-            )  # fmt: skip
+            with ranks.together("opening the checkpoints"):
+                checkpoint = PassCheckpoint(
+                    checkpoint_dir, identity_of(names, stack, vit, head, counts), every=checkpoint_every,
+                    rank=ranks.rank, num_ranks=ranks.world,
+                )  # fmt: skip
 
-        def answer(*, pull_back: bool) -> _Answer:
-            """α of all images so far. Gradients of a closed-form head are pulled back anew, or stay as they are."""
+        @torch.autocast(vit.device.type, enabled=False)  # a caller's autocast region is none of the heads' business
+        def answer(*, pull_back: bool, last: bool = True) -> _Answer | None:
+            """α of all images so far, on the first rank. Gradients of a closed-form head are pulled back anew, or
+            stay as they are. None: there is nothing to solve yet, or this is another rank."""
+            statistics = gather.statistics_of_all(last)
+            if last:
+                _check_problem(statistics)
+            elif not _is_problem(statistics):
+                return None
             if fitted and gradient_images != 0 and pull_back:
-                gather.pull_back_sample(head, sample, report, process_group)  # type: ignore[arg-type]
-            total, fold_grams = _grams(gather.reduce_gradients(process_group), names)
-            problem = WeightProblem(
-                gather.statistics, total, shrinkage=shrinkage, normalize=normalize, starts=starts,
-                tolerance=gap_tolerance, max_steps=max_steps, seed=seed,
-            )  # fmt: skip
-            solution = problem.solve(lam, solver=solver, learning_rate=learning_rate)
-            without_fold = problem.jackknife(solution, fold_grams, lam, solver=solver, learning_rate=learning_rate)
-            return _Answer(problem, solution, without_fold, total)
+                gather.pull_back_sample(head, statistics, sample, report)  # type: ignore[arg-type]
+            gradients, count = gather.gradients_of_all(last)
+            if last:
+                report("weights", 0, None)
+            with ranks.together("solving for the weights"):
+                if not ranks.first:
+                    return None
+                total, fold_grams = _grams(gradients, names)
+                problem = WeightProblem(
+                    statistics, total, shrinkage=shrinkage, normalize=normalize, starts=starts,
+                    tolerance=gap_tolerance, max_steps=max_steps, seed=seed,
+                )  # fmt: skip
+                solution = problem.solve(lam, solver=solver, learning_rate=learning_rate)
+                without_fold = problem.jackknife(solution, fold_grams, lam, solver=solver, learning_rate=learning_rate)
+                return _Answer(problem, solution, without_fold, total, count)
 
-        stopped: _Answer | None = None
+        def known(found: _Answer | None) -> bool:
+            assert rule is not None
+            enough = found is not None and rule.look(found.solution.weights, found.without_fold)
+            return bool(ranks.decided(enough))
+
+        stopped, found = False, None
         loss = None if fitted else given_loss(head, len(stack))
-        for labels in gather.stream(loader, report, sample=sample, loss=loss, rule=rule, checkpoint=checkpoint):
-            if rule is None or not rule.due(labels) or not _is_problem(gather.statistics):
-                continue
-            now = answer(pull_back=gather.num_gradient_images == 0)
-            known = rule.look(now.solution.weights, now.without_fold)
-            if known and fitted and lam > 0:
-                # The sample has grown since its gradients were taken: with new ones the answer must hold too.
-                now = answer(pull_back=True)
-                known = rule.look(now.solution.weights, now.without_fold)
-            if known:
-                stopped = now
-                break
-        gather.reduce_statistics(process_group)
-        _check_problem(gather.statistics)
-        report("weights", 0, None)
-        problem, solution, without_fold, total = stopped or answer(pull_back=True)
-        weights, found = solution
+        stream = gather.stream(loader, report, sample=sample, loss=loss, rule=rule, checkpoint=checkpoint)
+        if rule is None:
+            with ranks.together(_READING):
+                for _ in stream:
+                    pass
+        else:
+            looked = False
+            for labels in stream if by_prompts else ranks.rounds(stream, _READING):
+                if not rule.due(labels):
+                    continue
+                found = answer(pull_back=not looked, last=False)
+                looked = looked or gather.has_gradients
+                stopped = known(found)
+                if stopped and fitted and lam > 0:
+                    # The sample has grown since its gradients were taken: with new ones the answer must hold too.
+                    found = answer(pull_back=True, last=False)
+                    stopped = known(found)
+                if stopped:
+                    break
+        if not stopped:
+            found = answer(pull_back=True)
+        weights = ranks.broadcast(None if found is None else {"weights": found.solution.weights})[0]["weights"]
         mixed = torch.tensordot(weights, stack.to("cpu", torch.float64), dims=1).to(stack.dtype)
-        sample_h, sample_h_mixed = math.nan, math.nan
-        if process_group is None:  # each rank has a sample of its own, and all must return the same
-            sample_h, sample_h_mixed = _mixing_gap(gather, sample, weights, mixed, found.intensity)
-        if checkpoint is not None:
-            checkpoint.remove()
-
+        intensity = ranks.decided(None if found is None else found.solution.diagnostics.intensity)
+        sample_h, sample_h_mixed = gather.mixing_gap(sample, weights, mixed, intensity)
+        ranks.stage = "handing out the result"
+        if found is None:
+            received = _received(ranks)
+            if checkpoint is not None:
+                checkpoint.remove()
+            return received
+    problem, (weights, diagnostics), without_fold, total, num_gradient_images = found
     covariance = problem.source_covariance
     nan = torch.full((len(names), len(names)), math.nan, dtype=torch.float64)
-    return EnsembleResult(
+    result = EnsembleResult(
         weights=weights,
         names=names,
         prompt=mixed,
-        h_score=found.h_score,
-        alignment_loss=found.alignment_loss,
-        objective=found.objective,
-        gap=found.gap,
-        converged=found.converged,
+        h_score=diagnostics.h_score,
+        alignment_loss=diagnostics.alignment_loss,
+        objective=diagnostics.objective,
+        gap=diagnostics.gap,
+        converged=diagnostics.converged,
         h_score_std=problem.h_score_std(weights),
-        source_h_scores=found.source_h_scores,
+        source_h_scores=diagnostics.source_h_scores,
         source_h_score_std=covariance.diagonal().sqrt(),
-        source_rank_std=rank_std(found.source_h_scores, covariance),
-        uniform_h_score=found.uniform_h_score,
+        source_rank_std=rank_std(diagnostics.source_h_scores, covariance),
+        uniform_h_score=diagnostics.uniform_h_score,
         gradient_cosines=nan if total is None else total,
         weight_std=jackknife_std(without_fold),
-        weight_error=weight_error(without_fold) if rule is None or stopped is None else rule.error,
-        stop_reason="end of data" if stopped is None else "tolerance reached",
-        n_images=gather.statistics.num_images,
-        n_classes=len(gather.statistics.classes),
-        n_gradient_images=gather.num_gradient_images,
+        weight_error=rule.error if rule is not None and stopped else weight_error(without_fold),
+        stop_reason="tolerance reached" if stopped else "end of data",
+        n_images=problem.statistics.num_images,
+        n_classes=len(problem.statistics.classes),
+        n_gradient_images=num_gradient_images,
         sample_h_score=sample_h,
         sample_h_score_mixed_prompt=sample_h_mixed,
-        shrinkage_intensity=found.intensity,
+        shrinkage_intensity=diagnostics.intensity,
         kept_bytes=gather.statistics.nbytes + sample.nbytes + gather.gradient_bytes,
-        classes=gather.statistics.classes,
+        classes=problem.statistics.classes,
         lam=float(lam),
-        settings={
-            "shrinkage": shrinkage, "normalize": normalize, "solver": solver, "starts": starts, "tolerance": tolerance,
-            "gap_tolerance": gap_tolerance, "seed": seed, "folds": folds, "gradient_images": gradient_images,
-            "preset": preset, "head": head if isinstance(head, str) else "given",
-            "dtype": str(vit.dtype).removeprefix("torch."),
-        },
+        settings=settings,
         backbone=vit.info,
-    )  # fmt: skip
+    )
+    if not ranks.alone:
+        ranks.broadcast(*result.to_parts())
+    if checkpoint is not None:
+        checkpoint.remove()
+    return result
 
 
 class _Answer(NamedTuple):
@@ -240,6 +299,7 @@ class _Answer(NamedTuple):
     solution: Solution
     without_fold: Tensor
     gram: Tensor | None
+    num_gradient_images: int
 
 
 class _Pass:
@@ -247,6 +307,7 @@ class _Pass:
 
     Args:
         shards: how many loaders of this length will be merged here; 0 where its length says nothing.
+        by_prompts: every rank reads all images and has a share of the prompts; else, all prompts and a share of images.
     """
 
     def __init__(
@@ -256,16 +317,22 @@ class _Pass:
         names: Sequence[str],
         statistics: EnsembleStatistics,
         *,
+        ranks: Ranks,
+        by_prompts: bool,
         shards: int,
         micro_batch: int | None,
         impl: Impl,
     ) -> None:
+        self.ranks, self.by_prompts = ranks, by_prompts
+        share = slices(len(prompts), ranks.world)[ranks.rank] if by_prompts else slice(0, len(prompts))
+        self.first_prompt = share.start
         # On the device once, and not with every batch.
-        self.vit, self.prompts, self.names = vit, prompts.to(vit.device, vit.dtype), names
+        self.vit, self.prompts, self.names = vit, prompts[share].to(vit.device, vit.dtype), names
         self.options: dict[str, Any] = {"micro_batch": MicroBatch(micro_batch), "impl": impl}
         self.statistics, self.folds, self.shards = statistics, statistics.folds, shards
-        self.gradients: Tensor | None = None  # [folds, M, p, d], summed over the images of each fold
+        self.gradients: Tensor | None = None  # of this rank [folds, M, p, d], summed over the images of each fold
         self.num_gradient_images = 0
+        self.has_gradients = False
         self.sample: ImageSample | None = None
         self.rule: StopRule | None = None
         self._whole = True  # all parts are of the same batches
@@ -309,7 +376,10 @@ class _Pass:
         total = num_batches(loader)
         report("images", 0, total)
         note = None if checkpoint is None else checkpoint.note
-        with contextlib.closing(read(loader, self.vit, note)) as batches:
+        with contextlib.closing(read(loader, self.vit, note)) as own:
+            batches: Iterator[tuple[Tensor, Tensor]] = own
+            if self.by_prompts:
+                batches = same_batches(own, self.ranks, _READING)
             for done, (images, labels) in enumerate(batches, start=1):
                 if done == 1 and total is not None:
                     self.statistics.expect(total * len(labels) * self.shards)
@@ -317,12 +387,13 @@ class _Pass:
                     report("images", done, total)
                     continue
                 if loss is None:
-                    with torch.no_grad():
-                        features = encode(self.vit, self.prompts, images, **self.options)
+                    features = self._encode(images)
                     self._whole = False
                 else:
                     self._whole = False
                     features = self._forward_backward(images, labels, loss)
+                if self.by_prompts:
+                    features = torch.cat(self.ranks.gather(features))
                 self.statistics.update(features, labels)
                 if self.sample is not None:
                     self.sample.update(images, labels, features)
@@ -336,24 +407,81 @@ class _Pass:
         if checkpoint is not None:
             checkpoint.end_of_stream(self)
 
-    def pull_back_sample(self, head: FittedHead, sample: ImageSample, report: Reporter, group: Any) -> None:
+    def pull_back_sample(
+        self, head: FittedHead, statistics: EnsembleStatistics, sample: ImageSample, report: Reporter
+    ) -> None:
         """Gradients of closed-form heads, each fitted without the fold that it scores, at the held-out temperature."""
+        stage = "taking the gradients"
         self.gradients, self.num_gradient_images = None, 0
-        parts = [sample.fold(k) for k in range(self.folds)]
-        heads = fit_heads(head, self.statistics, device=self.vit.device)
-        logits, targets = held_out_logits(heads, [f for _, _, f in parts], [y for _, y, _ in parts])
-        logits, targets = _gather(logits, 1, group), _gather(targets, 0, group)
-        heads = [one.sharpened(inverse_temperatures(logits, targets)) for one in heads]
+        if not self.by_prompts:
+            sample.share(self.ranks)
+        with self.ranks.together(stage):
+            parts = [sample.fold(k) for k in range(self.folds)]
+            heads = fit_heads(head, statistics, device=self.vit.device)
+            logits, targets = held_out_logits(heads, [f for _, _, f in parts], [y for _, y, _ in parts])
+        if not self.by_prompts:
+            logits, targets = torch.cat(self.ranks.gather(logits, 1), 1), torch.cat(self.ranks.gather(targets))
         report("gradients", 0, self.folds)
-        for k, (images, labels, _) in enumerate(parts):
+        with self.ranks.together(stage):
+            heads = [one.sharpened(inverse_temperatures(logits, targets)) for one in heads]
+            for k, (images, labels, _) in enumerate(parts):
+                if len(images):
+                    self._add_gradients(k, images, labels, heads[k].loss)
+                report("gradients", k + 1, self.folds)
+
+    def mixing_gap(self, sample: ImageSample, weights: Tensor, mixed: Tensor, intensity: float) -> tuple[float, float]:
+        """H of the mixed features and of the mixed prompt's features, both on the gradient sample."""
+        with self.ranks.together("judging the mixed prompt"):
+            images, labels, features = sample.all()
+            blend = under_mixture = torch.zeros(0, self.vit.width, dtype=torch.float64)
             if len(images):
-                self._add_gradients(k, images, labels, heads[k].loss)
-            report("gradients", k + 1, self.folds)
+                blend = torch.tensordot(weights.to(features.device), features.double(), dims=1)
+                with torch.no_grad():
+                    under_mixture = encode(self.vit, mixed[None], images, **self.options)[0].double()
+        if not self.by_prompts:
+            labels, blend, under_mixture = (torch.cat(self.ranks.gather(t)) for t in (labels, blend, under_mixture))
+        if len(labels.unique()) < 2:
+            return math.nan, math.nan
+        a, b = (float(h_score(f, labels, shrinkage=intensity)) for f in (blend, under_mixture))
+        return a, b
+
+    def statistics_of_all(self, last: bool) -> EnsembleStatistics:
+        """Statistics of all ranks' images; before the last time, as a copy."""
+        if self.ranks.alone or self.by_prompts:
+            return self.statistics
+        if not last:
+            return self.statistics.reduced(self.ranks)
+        self.statistics.all_reduce(self.ranks)
+        return self.statistics
+
+    def gradients_of_all(self, last: bool) -> tuple[Tensor | None, int]:
+        """Gradients [folds, M, ...] over all ranks, and of how many images; before the last time, as a copy."""
+        self.ranks.stage = "adding up the gradients"
+        gradients, count = self.gradients, self.num_gradient_images
+        if not self.ranks.alone:
+            if not self.by_prompts:
+                count = int(self.ranks.sum(torch.tensor(count)))
+            if count:
+                if gradients is None:
+                    gradients = self._no_gradients()
+                if self.by_prompts:
+                    gradients = torch.cat(self.ranks.gather(gradients, 1), 1)
+                else:
+                    gradients = self.ranks.sum(gradients if last else gradients.clone())
+        self.has_gradients = count > 0
+        return gradients if count else None, count
+
+    def _encode(self, images: Tensor) -> Tensor:
+        """Features [m, B, h] under this rank's prompts."""
+        if not len(self.prompts):
+            return torch.zeros(0, len(images), self.vit.width, dtype=self.vit.dtype, device=self.vit.device)
+        with torch.no_grad():
+            return encode(self.vit, self.prompts, images, **self.options)
 
     def _forward_backward(
         self, images: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor, slice], Tensor]
     ) -> Tensor:
-        fold_of = torch.arange(self.statistics.num_images, self.statistics.num_images + len(images)) % self.folds
+        fold_of = self.statistics.next_folds(len(images))
         features: Tensor | None = None
         for k in fold_of.unique().tolist():
             chosen = torch.nonzero(fold_of == k).flatten()
@@ -367,36 +495,27 @@ class _Pass:
     def _add_gradients(
         self, fold: int, images: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor, slice], Tensor]
     ) -> Tensor:
-        features, _, gradients = pull_back(
-            self.vit, self.prompts, images, lambda f, m, b: loss(f, labels[b], m), **self.options
-        )
         if self.gradients is None:
-            self.gradients = gradients.new_zeros(self.folds, *gradients.shape)
-        self.gradients[fold] += gradients
+            self.gradients = self._no_gradients()
         self.num_gradient_images += len(images)
+        if not len(self.prompts):
+            return self._encode(images)
+        first = self.first_prompt
+        features, _, gradients = pull_back(
+            self.vit, self.prompts, images,
+            lambda f, m, b: loss(f, labels[b], slice(first + m.start, first + m.stop)), **self.options,
+        )  # fmt: skip
+        self.gradients[fold] += gradients
         return features
 
-    def reduce_statistics(self, group: Any) -> None:
-        if group is not None:
-            self.statistics.all_reduce(group)
-
-    def reduce_gradients(self, group: Any) -> Tensor | None:
-        """Gradients [folds, M, ...] over all ranks; every rank must take part, also one without images."""
-        if group is not None:
-            import torch.distributed as dist
-
-            shape = (self.folds, *self.prompts.shape)
-            precise = torch.promote_types(self.vit.dtype, torch.float32)
-            if self.gradients is None:
-                self.gradients = torch.zeros(shape, dtype=precise, device=self.vit.device)
-            count = torch.tensor(self.num_gradient_images, device=self.vit.device)
-            dist.all_reduce(self.gradients, group=group)
-            dist.all_reduce(count, group=group)
-            self.num_gradient_images = int(count)
-        return self.gradients if self.num_gradient_images else None
+    def _no_gradients(self) -> Tensor:
+        precise = torch.promote_types(self.vit.dtype, torch.float32)
+        return torch.zeros(self.folds, *self.prompts.shape, dtype=precise, device=self.vit.device)
 
 
-def _check_options(lam: float, gradient_images: int | None, folds: int, head: Head) -> None:
+def _check_options(lam: float, gradient_images: int | None, folds: int, head: Head, shard: str) -> None:
+    if shard not in ("images", "prompts"):
+        raise OptionError(f"shard must be 'images' or 'prompts', got {shard!r}")
     if folds < 1:
         raise OptionError(f"folds must be at least 1, got {folds}")
     if isinstance(head, str) and head not in FITTED:
@@ -448,42 +567,14 @@ def _grams(gradients: Tensor | None, names: Sequence[str]) -> tuple[Tensor | Non
     return gram, list(without_fold)
 
 
-def _mixing_gap(
-    gather: _Pass, sample: ImageSample, weights: Tensor, mixed: Tensor, intensity: float
-) -> tuple[float, float]:
-    """H of the mixed features and of the mixed prompt's features, both on the gradient sample."""
-    images, labels, features = sample.all()
-    if len(labels.unique()) < 2:
-        return math.nan, math.nan
-    blend = torch.tensordot(weights.to(features.device), features.double(), dims=1)
-    with torch.no_grad():
-        under_mixture = encode(gather.vit, mixed[None], images, **gather.options)[0]
-    a, b = (float(h_score(f, labels, shrinkage=intensity)) for f in (blend, under_mixture))
-    return a, b
+def _received(ranks: Ranks) -> EnsembleResult:
+    """The first rank's result."""
+    return EnsembleResult.from_parts(*ranks.broadcast(None))
 
 
-def _num_ranks(group: Any) -> int:
-    if group is None:
-        return 1
-    import torch.distributed as dist
-
-    return dist.get_world_size(group)
-
-
-def _rank(group: Any) -> int:
-    if group is None:
-        return 0
-    import torch.distributed as dist
-
-    return dist.get_rank(group)
-
-
-def _gather(part: Tensor, dim: int, group: Any) -> Tensor:
-    """The parts of all ranks, side by side; without a group, the part itself."""
-    if group is None:
-        return part
-    import torch.distributed as dist
-
-    parts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, part.cpu(), group=group)
-    return torch.cat(parts, dim=dim)
+def _gpu_of(device: torch.device | str | None, backbone: nn.Module | str | None) -> torch.device | None:
+    """Where the work will be, as far as the arguments say."""
+    if device is not None:
+        return torch.device(device)
+    weights = itertools.chain(backbone.parameters(), backbone.buffers()) if isinstance(backbone, nn.Module) else ()
+    return next((tensor.device for tensor in weights), None)

@@ -43,6 +43,10 @@ class OptionError(HGPromptError, ValueError):
     """An argument outside the values that it can take."""
 
 
+class DistributedError(HGPromptError, RuntimeError):
+    """Ranks of a process group that do not work together: called differently, or one has failed, died or hung."""
+
+
 def of_a_worker(error: HGPromptError) -> HGPromptError:
     """The error itself, where a DataLoader has wrapped it in the traceback of the worker process that raised it."""
     text = str(error).strip()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import hashlib
+import itertools
+import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,10 +14,12 @@ from torch import Tensor, nn
 
 from hgprompt.backbone import FrozenViT
 from hgprompt.bundled import load_backbone
+from hgprompt.distributed import Ranks
 from hgprompt.encoder import check_prompts
-from hgprompt.errors import BackboneError, DataError, HGPromptError, OptionError, of_a_worker
+from hgprompt.errors import BackboneError, DataError, DistributedError, HGPromptError, OptionError, of_a_worker
 from hgprompt.pool import PromptPool
 from hgprompt.statistics import check_labels
+from hgprompt.workers import end_workers, failure_in_words
 
 Prompts = PromptPool | Mapping[str, Tensor] | Sequence[Tensor] | Tensor
 
@@ -53,6 +57,15 @@ def resolve(
     return pool, stack, vit
 
 
+def digest(pool: PromptPool) -> str:
+    """SHA-256 of the names, in order, and the numbers of prompts."""
+    found = hashlib.sha256()
+    for name, prompt in pool.items():
+        found.update(f"{name!r} {list(prompt.shape)} {prompt.dtype}\n".encode())
+        found.update(prompt.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 def read(
     loader: Iterable[Any], vit: FrozenViT, note: Callable[[Tensor, Tensor], None] | None = None
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
@@ -75,16 +88,7 @@ def read(
         batches = _batches(iterator, vit, note, has_workers=getattr(loader, "num_workers", 0) > 0)
         yield from _ahead(batches, vit.device)
     finally:
-        _end_workers(loader, iterator)
-
-
-def _end_workers(loader: Iterable[Any], iterator: Iterator[Any]) -> None:
-    """End a DataLoader's worker processes now. They would live as long as a traceback holds the iterator, and as long
-    as one that has died is known, PyTorch raises its error again whenever another process ends."""
-    end = getattr(iterator, "_shutdown_workers", None)
-    if callable(end) and not getattr(loader, "persistent_workers", False):
-        with contextlib.suppress(RuntimeError):  # that error
-            end()
+        end_workers(loader, iterator)
 
 
 def _batches(
@@ -100,7 +104,7 @@ def _batches(
         except HGPromptError as error:
             raise of_a_worker(error) from error.__cause__
         except Exception as error:
-            reason = _of_torch(error, has_workers=has_workers) or _in_words(error)
+            reason = failure_in_words(error, has_workers=has_workers)
             raise DataError(f"the loader failed after {position} batches: {reason}") from error
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             kind = (
@@ -117,41 +121,34 @@ def _batches(
         position += 1
 
 
-def of_the_loader(error: BaseException) -> BaseException:
-    """The error itself, or a DataError where it says that a DataLoader's worker has died: PyTorch raises that from a
-    signal, wherever the program is."""
-    reason = _of_torch(error)
-    return error if reason is None or isinstance(error, HGPromptError) else DataError(f"the loader failed: {reason}")
+def same_batches(batches: Iterator[tuple[Tensor, Tensor]], ranks: Ranks, stage: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of which every rank reads the same; made sure of by a checksum, one batch at a time.
 
-
-def _of_torch(error: BaseException, *, has_workers: bool = False) -> str | None:
-    """What has become of a DataLoader's workers, and what to do; None for other errors.
-
-    Args:
-        has_workers: the error came from a DataLoader with worker processes: then a connection that is lost is that to
-            one of them, for what is raised within a worker comes with its traceback as text.
+    Raises:
+        DistributedError: a rank read something else, or as many batches as others; on every rank.
     """
-    text = str(error).strip()
-    lost = has_workers and isinstance(error, (ConnectionError, EOFError)) and not text.startswith("Caught ")
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader timed out"):
-        return (
-            f"no batch came from its workers in time ({text}): one hangs, or its storage is slow. Look for locks in "
-            "the dataset's code that were held when the worker was forked, or give the DataLoader a longer timeout"
-        )
-    if lost or (isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid")):
-        first = (text or type(error).__name__).splitlines()[0]
-        return (
-            f"a worker process has died ({first}): most often the system has killed it for memory. Give fewer workers, "
-            "smaller batches or more shared memory"
-        )
-    return None
+    for number in itertools.count():
+        with ranks.together(stage):
+            batch = next(batches, None)
+        mine = None if batch is None else [len(batch[1]), _checksum(*batch)]
+        everyone = ranks.gather_json(mine)
+        for rank, theirs in enumerate(everyone):
+            if theirs != everyone[0]:
+                raise DistributedError(
+                    f"batch {number} of rank {rank} is not that of rank 0 ([images, checksum]: {theirs} and "
+                    f"{everyone[0]}; null: no more): with shard='prompts' every rank must read the same images in the "
+                    "same order, without random augmentation"
+                )
+        if batch is None:
+            return
+        yield batch
 
 
-def _in_words(error: Exception) -> str:
-    text = str(error).strip()
-    if text.startswith("Caught ") and "\n" in text:  # with the traceback of the worker that raised it
-        return f"{text.splitlines()[-1]} (in a worker process)"
-    return f"{type(error).__name__}: {text}"
+def _checksum(images: Tensor, labels: Tensor) -> int:
+    """Of a batch: a few hundred pixels of it, wherever they lie, and its labels."""
+    flat = images.detach().reshape(-1)
+    some = flat[:: max(1, len(flat) // 509)].cpu().contiguous()
+    return zlib.crc32(labels.numpy().tobytes(), zlib.crc32(some.view(torch.uint8).numpy().tobytes()))
 
 
 def _ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

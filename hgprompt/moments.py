@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hgprompt.distributed import Ranks
 from hgprompt.errors import StatisticsError
 from hgprompt.kernels import moments as kernels
 from hgprompt.kernels.mixture import assemble, assemble_reference, block_products, block_products_reference, mix
@@ -127,6 +128,42 @@ class Moments:
         for label, total in other.class_sums.items():
             number = other.class_counts[label]
             self._add_class(label, number, total + number * shift)
+
+    def recentre(self, centre: Tensor) -> None:
+        """Move the pilot to `centre` [M, h], exactly, in place; empty moments are allocated about it."""
+        if self.centre is None:
+            self.centre = centre
+            self._allocate(centre.device)
+            return
+        centre = centre.to(self.centre.device)
+        shift, n, s = self.centre - centre, self.count, self.sums
+        self.third, self.fourth = self.shifted_fourth(shift.mean(0))
+        for i, row in enumerate(self.rows):
+            row += torch.einsum("k,ml->kml", s[i] + n * shift[i], shift[i:])
+            row += torch.einsum("k,ml->kml", shift[i], s[i:])
+        self.centre, self.sums = centre, s + n * shift
+        for label, total in self.class_sums.items():
+            self.class_sums[label] = total + self.class_counts[label] * shift
+
+    def all_reduce(self, ranks: Ranks, centre: Tensor, classes: Sequence[int]) -> None:
+        """Add the images of the other ranks. Memory grows by one row and the class sums, whatever the number of ranks.
+
+        Args:
+            ranks: all call this. centre: [M, h], the same bits on every rank; any will do, near the mean costs no
+                digits. classes: labels that any rank has seen, ascending.
+        """
+        self.recentre(centre)
+        device = self.sums.device
+        for i in range(len(self.rows)):
+            self.rows[i] = ranks.sum(self.rows[i])
+        self.sums, self.third, self.fourth = (ranks.sum(t) for t in (self.sums, self.third, self.fourth))
+        counts = ranks.sum(torch.tensor([self.class_counts.get(c, 0) for c in classes])).tolist()
+        none = torch.zeros_like(self.sums)
+        total = ranks.sum(torch.stack([self.class_sums.get(c, none) for c in classes]))
+        seen = [(c, n, t) for c, n, t in zip(classes, counts, total.to(device), strict=True) if n]
+        self.class_counts = {c: n for c, n, _ in seen}
+        self.class_sums = {c: t for c, _, t in seen}
+        self.count = sum(counts)
 
     def of_prompt(self, prompt: int) -> Moments:
         """Moments of one prompt's features alone. Fourth sums are those of a mixture and do not come along."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,9 @@ class EnsembleResult:
         n_images, n_classes: what the pass saw. n_gradient_images: of these, how many the gradients come from.
         sample_h_score, sample_h_score_mixed_prompt: on the gradient images alone, H of the mixed features and of the
             features under the mixed prompt: mixing features (Eq. 4) is not mixing prompts (Eq. 2), and their
-            difference says how far apart the two are here. NaN without gradient images, and over a process group.
-        kept_bytes: statistics, gradient images and gradients that the pass kept.
+            difference says how far apart the two are here. NaN without gradient images.
+        kept_bytes: statistics, gradient images and gradients that the pass kept (over a process group: on its first
+            rank, where statistics are those of all).
         classes: observed labels. lam, settings: how it was asked for. backbone: which backbone.
     """
 
@@ -89,8 +91,8 @@ class EnsembleResult:
         from hgprompt.files import make_directory, write_safetensors, write_text
 
         directory = make_directory(directory)
-        record = self._record()
-        write_safetensors(directory / _DATA_FILE, {k: getattr(self, k) for k in _TENSORS}, record)
+        tensors, record = self.to_parts()
+        write_safetensors(directory / _DATA_FILE, tensors, record)
         report = {
             "weights": dict(zip(self.names, self.weights.tolist(), strict=True)),
             "weight_std": dict(zip(self.names, self.weight_std.tolist(), strict=True)),
@@ -120,15 +122,7 @@ class EnsembleResult:
         try:
             if tensors.keys() != set(_TENSORS):
                 raise ValueError(f"its tensors are {sorted(tensors)[:20]!r:.300}")
-            fields = {f.name: record[f.name] for f in dataclasses.fields(cls) if f.name not in _TENSORS}
-            fields |= {name: tensors[name] for name in _TENSORS}
-            fields["names"], fields["classes"] = tuple(fields["names"]), tuple(fields["classes"])
-            fields["backbone"] = BackboneInfo.from_dict(fields["backbone"])
-            for name, value in fields.items():
-                if value is None:
-                    fields[name] = float("nan")
-            _check_types(fields)
-            result = cls(**fields)
+            result = cls.from_parts(tensors, record)
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path} is incomplete or not understood: {error!s:.400}") from error
         m = len(result.names)
@@ -149,6 +143,23 @@ class EnsembleResult:
         if prompt.shape[-1] != result.backbone.width or (prompt.ndim == 3 and len(prompt) != result.backbone.depth):
             raise FileFormatError(f"{path}: its prompt {list(prompt.shape)} does not fit its backbone")
         return result
+
+    def to_parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and a JSON-able record: all there is, for `from_parts`."""
+        return {k: getattr(self, k) for k in _TENSORS}, self._record()
+
+    @classmethod
+    def from_parts(cls, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> EnsembleResult:
+        """The inverse of `to_parts`; KeyError, TypeError or ValueError where something is missing or another type."""
+        fields = {f.name: record[f.name] for f in dataclasses.fields(cls) if f.name not in _TENSORS}
+        fields |= {name: tensors[name] for name in _TENSORS}
+        fields["names"], fields["classes"] = tuple(fields["names"]), tuple(fields["classes"])
+        fields["backbone"] = BackboneInfo.from_dict(fields["backbone"])
+        for name, value in fields.items():
+            if value is None:
+                fields[name] = float("nan")
+        _check_types(fields)
+        return cls(**fields)
 
     def plot(self, path: str | Path) -> None:
         """Draw weights, source H-scores and gradient cosines into an image file."""

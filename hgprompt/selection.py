@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hgprompt.distributed import Ranks, slices
 from hgprompt.encoder import Impl, encode
 from hgprompt.errors import DataError, HGPromptWarning, OptionError
-from hgprompt.inputs import Prompts, num_batches, read, resolve
+from hgprompt.inputs import Prompts, digest, num_batches, read, resolve, same_batches
 from hgprompt.objective import Alignment, HScore, Objective, Shrinkage, check_shrinkage
 from hgprompt.optimize import Solution, WeightProblem
 from hgprompt.pool import PromptPool
@@ -34,6 +35,7 @@ from hgprompt.stopping import looks_shuffled
 logger = logging.getLogger(__name__)
 
 Method = Literal["halving", "greedy", "ranking"]
+_READING = "reading the images"
 _CANDIDATES = 32  # prompts that are looked at together, at least
 
 
@@ -268,6 +270,7 @@ def select_prompts(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     progress: bool | Reporter = False,
+    process_group: Any = None,
     micro_batch: int | None = None,
     impl: Impl = "auto",
 ) -> Selection:
@@ -283,58 +286,98 @@ def select_prompts(
         budget: of "halving", as for `SuccessiveHalving`. shrinkage: as for `hgprompt.h_score`.
         full_evaluation: show every prompt every image all the same, to report the regret; `pairs` and `share` stay what
             the method needs.
+        process_group: a torch.distributed group whose ranks share the prompts: every rank calls this alike and reads
+            all images, in the same batches, and returns the same bits (docs/scaling.md). None: this process alone.
 
     Raises:
         OptionError: a size beyond the pool, an unknown method, a stream of unknown length. Others as for
         `hgprompt.fast_ensemble`.
     """
-    if method not in ("halving", "greedy", "ranking"):
-        raise OptionError(f"method must be 'halving', 'greedy' or 'ranking', got {method!r}")
+    ranks = Ranks(process_group, None if device is None else torch.device(device))
     with torch.inference_mode(False), torch.no_grad(), Progress.of(progress) as report:
-        pool, stack, vit = resolve(prompts, backbone, device, dtype)
-        _check_size(size, len(pool))
+        with ranks.together("checking the arguments"):
+            if method not in ("halving", "greedy", "ranking"):
+                raise OptionError(f"method must be 'halving', 'greedy' or 'ranking', got {method!r}")
+            pool, stack, vit = resolve(prompts, backbone, device, dtype)
+            _check_size(size, len(pool))
+        if not ranks.alone:
+            network = f"{vit.name} {vit.image_size} {vit.fingerprint} {vit.dtype}"
+            options: dict[str, Any] = {"size": size, "method": method, "num_images": num_images, "budget": budget}
+            options |= {"shrinkage": shrinkage, "full_evaluation": full_evaluation}
+            ranks.agree({"prompts": digest(pool), "backbone": network} | options)
         stack, total = stack.to(vit.device, vit.dtype), num_batches(loader)
         halving: SuccessiveHalving | None = None
         everything = EnsembleStatistics(keep="features")
-        for position, (images, labels) in enumerate(read(loader, vit), start=1):
-            if method == "halving" and halving is None:
-                count = num_images if num_images is not None else _expected(total, len(images))
-                halving = SuccessiveHalving(len(pool), size, count, budget=budget, shrinkage=shrinkage)
+        batches = read(loader, vit)
+        for position, (images, labels) in enumerate(
+            batches if ranks.alone else same_batches(batches, ranks, _READING), start=1
+        ):
+            with ranks.together(_READING):
+                if ranks.first and method == "halving" and halving is None:
+                    count = num_images if num_images is not None else _expected(total, len(images))
+                    halving = SuccessiveHalving(len(pool), size, count, budget=budget, shrinkage=shrinkage)
+            # The first rank keeps and decides everything; the others are its network.
             survivors = torch.arange(len(pool)) if halving is None else halving.survivors
+            survivors = ranks.broadcast({"survivors": survivors})[0]["survivors"]
             seen = torch.arange(len(pool)) if full_evaluation else survivors
-            features = encode(vit, stack[seen.to(vit.device)], images, micro_batch=micro_batch, impl=impl)
-            if halving is None or full_evaluation:
-                everything.update(features, labels)
-            if halving is not None:
-                halving.update(features[survivors.to(vit.device)] if full_evaluation else features, labels)
+            with ranks.together(_READING):
+                mine = seen[slices(len(seen), ranks.world)[ranks.rank]]
+                features = torch.zeros(0, len(images), vit.width, dtype=vit.dtype, device=vit.device)
+                if len(mine):
+                    features = encode(vit, stack[mine.to(vit.device)], images, micro_batch=micro_batch, impl=impl)
+            features = torch.cat(ranks.gather(features))
+            with ranks.together(_READING):
+                if ranks.first and (halving is None or full_evaluation):
+                    everything.update(features, labels)
+                if halving is not None:
+                    halving.update(features[survivors.to(vit.device)] if full_evaluation else features, labels)
             report("images", position, total)
-        statistics = everything if halving is None else halving.statistics
-        if not statistics.num_images:
-            raise DataError("the loader gave no images")
         report("selection", 0, None)
-        if halving is not None:
-            found = halving.finish()
-        else:
-            choose = greedy_selection if method == "greedy" else ranking_by_h_score
-            found = choose(statistics, size, shrinkage=shrinkage)
-        chosen = found.order[:size].tolist()
-        regret = math.nan
-        if full_evaluation:
-            regret = regret_of(everything, chosen, greedy_selection(everything, size, shrinkage=shrinkage))
-    all_pairs = statistics.num_images * len(pool)
-    pairs = all_pairs if halving is None else halving.pairs
+        chosen: dict[str, Any] | None = None
+        with ranks.together("selecting"):
+            if ranks.first:
+                weights, chosen = _selected(halving, everything, len(pool), size, method, shrinkage, full_evaluation)
+        tensors, chosen = ranks.broadcast(None if chosen is None else {"weights": weights}, chosen)
+    assert chosen is not None
+    names = tuple(pool.names[i] for i in chosen["indices"])
     return Selection(
-        pool=pool.subset([pool.names[i] for i in chosen]),
-        names=tuple(pool.names[i] for i in chosen),
-        indices=tuple(chosen),
-        weights=found.weights,
-        h_score=found.h_score,
-        objective=found.objective,
-        pairs=pairs,
-        share=pairs / all_pairs,
-        rounds=((0, len(pool)),) if halving is None else tuple(halving.rounds),
-        regret=regret,
+        pool=pool.subset(list(names)),
+        names=names,
+        weights=tensors["weights"],
+        indices=tuple(chosen.pop("indices")),
+        rounds=tuple((images, prompts) for images, prompts in chosen.pop("rounds")),
+        **chosen,
     )
+
+
+def _selected(
+    halving: SuccessiveHalving | None,
+    everything: EnsembleStatistics,
+    count: int,
+    size: int,
+    method: Method,
+    shrinkage: Shrinkage,
+    full_evaluation: bool,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Weights of the prompts selected, and the numbers of a `Selection`, JSON-able."""
+    statistics = everything if halving is None else halving.statistics
+    if not statistics.num_images:
+        raise DataError("the loader gave no images")
+    if halving is not None:
+        found = halving.finish()
+    else:
+        choose = greedy_selection if method == "greedy" else ranking_by_h_score
+        found = choose(statistics, size, shrinkage=shrinkage)
+    chosen = found.order[:size].tolist()
+    regret = math.nan
+    if full_evaluation:
+        regret = regret_of(everything, chosen, greedy_selection(everything, size, shrinkage=shrinkage))
+    all_pairs = statistics.num_images * count
+    pairs = all_pairs if halving is None else halving.pairs
+    return found.weights, {
+        "indices": chosen, "h_score": found.h_score, "objective": found.objective, "pairs": pairs,
+        "share": pairs / all_pairs, "rounds": [(0, count)] if halving is None else halving.rounds, "regret": regret,
+    }  # fmt: skip
 
 
 def regret_of(statistics: EnsembleStatistics, chosen: Sequence[int], best: Ranking) -> float:

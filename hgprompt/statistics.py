@@ -10,6 +10,7 @@ Letters in shapes: M prompts, B images of a batch, N images in all, h feature wi
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections import deque
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hgprompt.distributed import Ranks, default_group
 from hgprompt.errors import DataError, OptionError, StatisticsError
 from hgprompt.memory import Footprint, Representation, available_bytes, footprint, in_words
 from hgprompt.moments import Moments, merged, mixed
@@ -26,13 +28,14 @@ from hgprompt.moments import Moments, merged, mixed
 logger = logging.getLogger(__name__)
 
 Keep = Literal["auto", "features", "moments"]
+_STAGE = "merging the statistics"
 
 
 class EnsembleStatistics:
     """What one pass over the data leaves behind.
 
     Batch size, order and split of the stream do not matter (beyond the last bits), except that image number n goes
-    to fold n mod `folds`, which only the uncertainty of a result depends on.
+    to fold n mod `folds`, which only the uncertainty of a result and the cross-fitting of heads depend on.
 
     Args:
         folds: groups of images that can be left out again (`Problem` without a fold), for jackknife errors and
@@ -40,9 +43,18 @@ class EnsembleStatistics:
         keep: "features", "moments", or "auto": whichever takes fewer bytes.
         max_bytes: memory that the statistics and their solve may take (`hgprompt.footprint`); None: what the device of
             the first batch has free, less a fifth.
+        shard: (r, W): this stream is every W-th image of a larger one, from image r on, as a DistributedSampler deals
+            them: its image n has the number r + nW there. Only folds depend on it.
     """
 
-    def __init__(self, *, folds: int = 1, keep: Keep = "auto", max_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        folds: int = 1,
+        keep: Keep = "auto",
+        max_bytes: int | None = None,
+        shard: tuple[int, int] = (0, 1),
+    ) -> None:
         if folds < 1:
             raise OptionError(f"folds must be at least 1, got {folds}")
         if keep not in ("auto", "features", "moments"):
@@ -52,6 +64,7 @@ class EnsembleStatistics:
         self.folds = folds
         self.keep: Keep = keep
         self.max_bytes = max_bytes
+        self.shard = shard
         self._limit = max_bytes
         self._expected = 0
         self._num_images = 0
@@ -101,6 +114,14 @@ class EnsembleStatistics:
         tensors = [*self._features, *self._labels, *self._fold_of]
         return sum(t.numel() * t.element_size() for t in tensors) + sum(m.nbytes for m in self._moments or [])
 
+    @property
+    def _device(self) -> torch.device:
+        """Where the statistics are."""
+        if self._features:
+            return self._features[0].device
+        centres = [m.centre for m in self._moments or [] if m.centre is not None]
+        return centres[0].device if centres else torch.device("cpu")
+
     def expect(self, num_images: int) -> None:
         """Say how many images will come, about: what is kept is then chosen, or refused, with the first batch."""
         self._expected = num_images
@@ -134,7 +155,7 @@ class EnsembleStatistics:
         chosen = self._representation(self._num_images + batch, num_classes)
         if self._num_images == 0:
             logger.info("%s", self._plan(batch, num_classes))
-        fold_of = (torch.arange(self._num_images, self._num_images + batch) % self.folds).to(torch.int32)
+        fold_of = self.next_folds(batch)
         self._num_images += batch
         self._classes |= new
         if self._moments is None:
@@ -145,6 +166,12 @@ class EnsembleStatistics:
                 self._to_moments()
         else:
             _add_by_fold(self._moments, features.detach(), labels, fold_of)
+
+    def next_folds(self, batch: int) -> Tensor:
+        """Folds of the next `batch` images [batch], int32."""
+        first, step = self.shard
+        places = first + step * torch.arange(self._num_images, self._num_images + batch)
+        return (places % self.folds).to(torch.int32)
 
     def select(self, prompts: Sequence[int]) -> EnsembleStatistics:
         """Statistics of these prompts alone, in this order; features are copied, nothing is shared.
@@ -196,31 +223,63 @@ class EnsembleStatistics:
             for mine, theirs in zip(self._moments, other._moments, strict=True):
                 mine.merge(theirs)
 
-    def all_reduce(self, group: Any = None) -> None:
-        """Merge the statistics of all ranks of a torch.distributed group, on every rank, in rank order.
+    def reduced(self, group: Any) -> EnsembleStatistics:
+        """As `all_reduce`, and leave these statistics as they are: a new object."""
+        self._finite.finish()
+        whole = copy.copy(self)
+        whole._moments = copy.deepcopy(self._moments)  # the only part that all_reduce changes in place
+        whole.all_reduce(group)
+        return whole
 
-        Ranks may hold different numbers of images, also none. Fold numbers stay as the ranks dealt them.
+    def all_reduce(self, group: Any = None) -> None:
+        """Take in the statistics of all ranks of a torch.distributed group, on every rank, exactly.
+
+        Ranks may hold different numbers of images and classes, also none, and keep features or moments: features stay
+        features, in rank order, where no rank has moments and there is room for all of them; else all keep moments.
+        Memory grows to what the images of all ranks take together, and not with the number of ranks. Fold numbers stay
+        as the ranks dealt them.
+
+        Args:
+            group: None: the default group. hgprompt's own `Ranks` will do as well.
 
         Raises:
-            StatisticsError: no rank has seen an image, or torch.distributed is not initialised.
+            StatisticsError: no rank has seen an image, ranks disagree in the shapes of what they keep, or there is no
+                room; on every rank. DistributedError: torch.distributed is not initialised, or a rank is gone.
         """
-        import torch.distributed as dist
-
-        if not dist.is_available() or not dist.is_initialized():
-            raise StatisticsError("all_reduce needs an initialised torch.distributed process group")
-        states: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(states, _map_tensors(self.state_dict(), lambda t: t.cpu()), group=group)
-        device = self._features[0].device if self._features else None
-        merged = self._like_this()
-        for state in states:
-            part = self._like_this()
-            part.load_state_dict(state)
-            merged.merge(part)
-        if merged._shape is None:
-            raise StatisticsError("no rank has seen an image")
-        if device is not None:
-            merged._features = [f.to(device) for f in merged._features]
-        self.__dict__.update(merged.__dict__)
+        ranks = group if isinstance(group, Ranks) else Ranks(group or default_group())
+        if ranks.alone:
+            return
+        with ranks.together(_STAGE):
+            self._finite.finish()
+        shape, dtype, total = self._common(ranks)
+        self._shape, self._dtype = shape, dtype
+        classes = {int(c) for part in ranks.gather(torch.tensor(self.classes, dtype=torch.int64)) for c in part}
+        if "moments" in ranks.gather_json(self.keeps):
+            keep: Keep = "moments"
+        else:
+            keep = self.keep
+        with ranks.together(_STAGE):
+            if self._limit is None and self.max_bytes is None:  # no batch came by that would have asked
+                self._limit = available_bytes(self._device)
+            kinds = self._with_room(total, len(classes), keep)
+        chosen = self._chosen_by_all(ranks.gather_json(kinds))
+        device = self._device
+        if chosen == "features":
+            self._join_batches()
+            none = torch.zeros(shape[0], 0, shape[1], dtype=dtype), torch.zeros(0, dtype=torch.int64)
+            features, labels = (self._features[0], self._labels[0]) if self._features else none
+            fold_of = self._fold_of[0] if self._fold_of else torch.zeros(0, dtype=torch.int32)
+            self._features = ranks.gather(features, 1)
+            self._labels, self._fold_of = ranks.gather(labels), ranks.gather(fold_of)
+        else:
+            with ranks.together(_STAGE):
+                if self._moments is None:
+                    self._to_moments()
+            assert self._moments is not None
+            centre = _mean(self._moments, ranks, total).to(device)
+            for part in self._moments:
+                part.all_reduce(ranks, centre, sorted(classes))
+        self._num_images, self._classes = total, classes
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers that `load_state_dict` takes back; features as one tensor."""
@@ -285,8 +344,8 @@ class EnsembleStatistics:
         Raises:
             StatisticsError: they do not fit together.
         """
-        folds = (torch.arange(len(labels)) % self.folds).to(torch.int32)
         restored, first = self._like_this(), kept[0]
+        folds = restored.next_folds(len(labels))
         restored._num_images, restored._classes = len(labels), set(labels.unique().tolist())
         restored._expected = self._expected
         if isinstance(first, Moments):
@@ -393,7 +452,7 @@ class EnsembleStatistics:
 
     def _like_this(self) -> EnsembleStatistics:
         """Empty statistics with the same options."""
-        return EnsembleStatistics(folds=self.folds, keep=self.keep, max_bytes=self.max_bytes)
+        return EnsembleStatistics(folds=self.folds, keep=self.keep, max_bytes=self.max_bytes, shard=self.shard)
 
     def _footprint(self, num_images: int, num_classes: int) -> dict[Representation, Footprint]:
         assert self._shape is not None
@@ -401,18 +460,40 @@ class EnsembleStatistics:
             *self._shape, num_images, num_classes=num_classes, folds=self.folds, itemsize=self._dtype.itemsize
         )
 
+    def _common(self, ranks: Ranks) -> tuple[tuple[int, int], torch.dtype, int]:
+        """(M, h) and dtype of all ranks' features, and the number of their images."""
+        mine = [self._shape, str(self._dtype).removeprefix("torch."), self.folds, self._num_images]
+        everyone = [(rank, *part) for rank, part in enumerate(ranks.gather_json(mine))]
+        seen = [part for part in everyone if part[1] is not None]
+        if not seen:
+            raise StatisticsError("no rank has seen an image")
+        for part in everyone:
+            if (part[1] is not None and part[1:3] != seen[0][1:3]) or part[3] != seen[0][3]:
+                raise StatisticsError(
+                    f"ranks {seen[0][0]} and {part[0]} cannot be merged: their [M, h], dtype and folds are "
+                    f"{seen[0][1:4]} and {part[1:4]}"
+                )
+        return (seen[0][1][0], seen[0][1][1]), getattr(torch, seen[0][2]), sum(part[4] for part in everyone)
+
+    def _chosen_by_all(self, by_rank: list[list[Representation]]) -> Representation:
+        """The first representation that every rank has room for."""
+        for kind in by_rank[0]:
+            if all(kind in kinds for kinds in by_rank):
+                return kind
+        # One rank was told to keep features and another moments, or each has room for something else.
+        raise StatisticsError(f"ranks cannot keep the same: in their order, they can keep {by_rank}; pass one keep=")
+
     def _representation(self, num_images: int, num_classes: int) -> Representation:
         """What to keep of so many images, or of as many as are expected; StatisticsError where there is no room."""
+        return self._with_room(num_images, num_classes, self.keep if self._moments is None else "moments")[0]
+
+    def _with_room(self, num_images: int, num_classes: int, keep: Keep) -> list[Representation]:
+        """What can be kept, the smaller first; StatisticsError where there is no room for any of it."""
         sizes = self._footprint(max(num_images, self._expected), num_classes)
-        if self._moments is not None or self.keep == "moments":
-            kinds: list[Representation] = ["moments"]
-        elif self.keep == "features":
-            kinds = ["features"]
-        else:
-            kinds = sorted(sizes, key=lambda kind: sizes[kind].kept)
-        for kind in kinds:
-            if self._limit is None or sizes[kind].peak <= self._limit:
-                return kind
+        kinds = [keep] if keep != "auto" else sorted(sizes, key=lambda kind: sizes[kind].kept)
+        fitting = [kind for kind in kinds if self._limit is None or sizes[kind].peak <= self._limit]
+        if fitting:
+            return fitting
         limit = in_words(self._limit)  # type: ignore[arg-type]
         raise StatisticsError(
             f"{self._plan(num_images, num_classes)}; {limit} can be had. Use fewer images; or fewer prompts "
@@ -501,11 +582,10 @@ def _add_by_fold(moments: list[Moments], features: Tensor, labels: Tensor, fold_
             part.update(features[:, chosen.to(features.device)], labels[chosen])
 
 
-def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {k: _map_tensors(v, function) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_map_tensors(v, function) for v in value]
-    return value
+def _mean(moments: Sequence[Moments], ranks: Ranks, total: int) -> Tensor:
+    """Mean [M, h] of the features of all ranks, with the same bits on every rank."""
+    mine = torch.zeros(moments[0].sums.shape, dtype=torch.float64)
+    for part in moments:
+        if part.centre is not None:
+            mine += (part.sums + part.count * part.centre).cpu()
+    return ranks.broadcast({"mean": ranks.sum(mine) / total})[0]["mean"]

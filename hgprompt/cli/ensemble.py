@@ -61,9 +61,12 @@ def ensemble(
     """Say how much of each prompt to take for a new labelled task, and mix them.
 
     Reads the images once. Writes the mixed prompt, the weights and their reasons into the output folder; 'tune' starts
-    from it.
+    from it. Under torchrun (torchrun --nproc-per-node 8 -m hgprompt.cli ensemble …) the processes share the images.
     """
+    import contextlib
+
     from hgprompt.cli import show
+    from hgprompt.cli.torchrun import job
     from hgprompt.ensemble import fast_ensemble
     from hgprompt.files import output_directory
     from hgprompt.pool import PromptPool
@@ -71,14 +74,16 @@ def ensemble(
     prompts = PromptPool.load(pool)
     if exclude:
         prompts = prompts.without(*exclude)
-    with output_directory(out):
+    with job(device) as mine, output_directory(out) if mine.first else contextlib.nullcontext():
+        quiet = quiet or as_json or not mine.first
         vit = options.load_backbone(prompts.backbone, backbone, weights, device, dtype, image_size)
-        images = options.load_images(data, split, vit, limit=limit, quiet=quiet or as_json, bad_images=bad_images)
-        if not (quiet or as_json):
+        images = options.load_images(data, split, vit, limit=limit, quiet=quiet, bad_images=bad_images)
+        if not quiet:
             show.print_memory(len(prompts), vit.width, len(images), images.num_classes, vit.dtype.itemsize)
+        order = None if tolerance is None else seed
         result = fast_ensemble(
             prompts,
-            options.batches(images, batch_size, seed=None if tolerance is None else seed),
+            options.batches(images, batch_size, seed=order, share=(mine.rank, mine.world)),
             backbone=vit,
             lam=lam,
             shrinkage=_shrinkage(shrinkage),
@@ -86,8 +91,11 @@ def ensemble(
             preset="paper" if paper else None,
             seed=seed,
             checkpoint_dir=checkpoint_dir,
-            progress=not (quiet or as_json),
+            progress=not quiet,
+            process_group=mine.group,
         )
+        if not mine.first:
+            return
         skipped = show.skipped_images(images)
         result = dataclasses.replace(result, settings=result.settings | skipped)
         result.save(out)

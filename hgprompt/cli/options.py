@@ -241,17 +241,26 @@ def load_images(
         )
 
 
-def batches(images: LabelledImages | ImageDataset, batch_size: int, *, seed: int | None) -> Iterable[Any]:
-    """A loader of the images; with a seed, in an order drawn by it."""
+def batches(
+    images: LabelledImages | ImageDataset, batch_size: int, *, seed: int | None, share: tuple[int, int] = (0, 1)
+) -> Iterable[Any]:
+    """A loader of the images, with a seed in an order drawn by it. share: (r, W): every W-th image, from image r on."""
     import torch
 
     from hgprompt.data import LabelledImages
     from hgprompt.data.folders import WORKER_TIMEOUT, available_cores
 
+    rank, world = share
     if isinstance(images, LabelledImages):
         if seed is not None:
             images = images.subset(torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)))
-        return images.batches(batch_size)
+        return (images if world == 1 else images.subset(torch.arange(rank, len(images), world))).batches(batch_size)
+    if world > 1:
+        every = torch.arange(len(images))
+        if seed is not None:
+            every = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        mine = torch.utils.data.Subset(images, every[rank::world].tolist())
+        return torch.utils.data.DataLoader(mine, batch_size, num_workers=max(1, available_cores() // world))
     order = torch.Generator().manual_seed(seed or 0)
     return torch.utils.data.DataLoader(
         images, batch_size, shuffle=seed is not None, generator=order, num_workers=available_cores(),

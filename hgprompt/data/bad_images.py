@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hgprompt.errors import DataError, HGPromptWarning, OptionError
+from hgprompt.workers import end_workers
 
 BadImages = Literal["stop", "skip"]
 MAX_SKIPPED = 0.5
@@ -111,13 +112,16 @@ class ImageLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # an iterator all the same
         return self._readable(super().__iter__())
 
-    def _readable(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def _readable(self, batches: Iterator[Any]) -> Iterator[Any]:
         found: dict[int, str] = {}
         self.skipped = None
-        for images, labels, bad in batches:
-            found |= bad
-            if len(labels):
-                yield images, labels
+        try:
+            for images, labels, bad in batches:
+                found |= bad
+                if len(labels):
+                    yield images, labels
+        finally:  # the caller has no way to reach them
+            end_workers(self, batches)
         self.skipped = report_skipped(self.samples, found)
 
 

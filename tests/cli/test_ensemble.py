@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from hgprompt import FrozenViT, PromptPool
+from hgprompt import EnsembleResult, FrozenViT, PromptPool
 
 OPTIONS = {"img_size": 32, "depth": 12}
 
@@ -167,3 +167,17 @@ def test_ctrl_c_leaves_nothing_behind(place):
     assert process.returncode == 130, error
     assert "nothing half-written" in error
     assert not (place / "interrupted").exists()
+
+
+def test_processes_of_torchrun_share_the_images(place):
+    assert _run(place, *ENSEMBLE, "--out", "one", "--batch-size", 5, "--no-plot").returncode == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += ["-m", "hgprompt.cli", *ENSEMBLE, "--out", "two", "--batch-size", "5", "--json"]
+    environment = _env(os.environ | {"OMP_NUM_THREADS": "1"})
+    run = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["n_images"] == 24  # one JSON object: the first process alone prints
+    one, two = (EnsembleResult.load(place / folder) for folder in ("one", "two"))
+    # Every second image each: folds and gradient sample are those of one process; features are float32.
+    torch.testing.assert_close(two.weights, one.weights, rtol=0, atol=1e-6)
+    torch.testing.assert_close(two.weight_std, one.weight_std, rtol=1e-3, atol=1e-6)
