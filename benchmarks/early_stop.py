@@ -109,9 +109,9 @@ def coverage(rows: list[dict], key: str) -> float | None:
 
 
 def summary(runs: list[dict], total: dict[str, int], full: dict[str, dict[str, torch.Tensor]]) -> list[dict]:
-    """One line for every λ: coverage at all looks that have a bound, and at the stops of each tolerance."""
+    """One line for every λ of the runs: coverage at all looks that have a bound, and at the stops of each tolerance."""
     lines = []
-    for lam in LAMS:
+    for lam in sorted({run["lam"] for run in runs}):
         measured = [
             (run["task"], distances(run["looks"], full[run["task"]][str(lam)], total[run["task"]]))
             for run in runs
@@ -153,36 +153,39 @@ def single_look(runs: list[dict], total: dict[str, int], full: dict[str, dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("features", type=Path)
-    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--seeds", nargs=2, type=int, default=(0, 20), metavar=("FIRST", "END"), help="END excluded")
+    parser.add_argument("--lams", nargs="+", type=float, default=LAMS)
     parser.add_argument("--runs", type=Path, default=Path("early-stop.jsonl"), help="a line per stream; taken up again")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    runs = [json.loads(line) for line in arguments.runs.read_text().splitlines()] if arguments.runs.exists() else []
+    seeds, lams = range(*arguments.seeds), arguments.lams
+    lines = arguments.runs.read_text().splitlines() if arguments.runs.exists() else []
+    runs = [run for run in map(json.loads, lines) if run["lam"] in lams and run["seed"] in seeds]
     known = {(run["lam"], run["task"], run["seed"]) for run in runs}
     total, full = {}, {}
     data = {task: others(arguments.features, task) for task in TASKS}
     for task, (features, labels) in data.items():
         total[task] = len(labels)
-        full[task] = {str(lam): whole(features, labels, lam) for lam in LAMS}
-    for seed in range(arguments.repetitions):
+        full[task] = {str(lam): whole(features, labels, lam) for lam in lams}
+    for seed in seeds:
         for task, (features, labels) in data.items():
-            for lam in LAMS:
+            for lam in lams:
                 if (lam, task, seed) in known:
                     continue
                 runs.append({"lam": lam, "task": task, "seed": seed, "looks": repetition(features, labels, lam, seed)})
                 with arguments.runs.open("a") as file:
                     file.write(json.dumps(runs[-1]) + "\n")
     alone = single_look(runs, total, full)
-    lines = summary(runs, total, full)
-    for line in lines:
+    found = summary(runs, total, full)
+    for line in found:
         print(json.dumps(line, indent=1))
     if arguments.out:
         record = {
             "torch": version("torch"), "images": total, "confidence": CONFIDENCE, "folds": FOLDS, "batch": BATCH,
             "streams": {f"{task} λ={lam}": sum(r["task"] == task and r["lam"] == lam for r in runs)
-                        for task in TASKS for lam in LAMS},
+                        for task in TASKS for lam in lams},
             "full_weights": {task: {lam: w.tolist() for lam, w in by.items()} for task, by in full.items()},
-            "summary": lines,
+            "summary": found,
             "single_look": alone,
             "looks": [
                 {**{k: run[k] for k in ("lam", "task", "seed")}, "images": r["images"],

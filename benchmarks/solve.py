@@ -5,9 +5,8 @@
 One of N (images), M (prompts) and h (feature width) is varied at a time around 2,000, 13 and 768. Every case runs in a
 process of its own, and cases that the file has already are left alone, so that a run can be broken off and taken up
 again. A process makes its statistics (not timed), solves once small to load the libraries, and then times in turn
-`WeightProblem` with `solve` at λ = 1, and `jackknife`. Memory is the growth of the operating system's peak (maximum
-resident set) from just before the first timed solve; the peak of making the features is above it in no case, since
-they are made batch by batch.
+`WeightProblem` with `solve` at λ = 1, and `jackknife`. Memory is what the process has resident at most (VmHWM, reset
+just before the first timed solve; Linux) less what it has resident before.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -64,6 +62,12 @@ def make(n: int, m: int, h: int, seed: int = 0):
     return statistics, gram, list(without_fold)
 
 
+def resident(what: str) -> int:
+    """Bytes of this process in memory, of Linux: "VmRSS" now, "VmHWM" at most since the peak was last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what + ":"))
+
+
 def measure(n: int, m: int, h: int, repeats: int, budget: float) -> dict:
     """One case: medians of at most `repeats` solves, fewer where they take longer than `budget` seconds together."""
     import torch
@@ -75,7 +79,8 @@ def measure(n: int, m: int, h: int, repeats: int, budget: float) -> dict:
     statistics, gram, without_fold = make(n, m, h)
     if statistics.keeps == "features":
         statistics.features_and_labels()  # joins the batches, which is no part of what is timed
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
     seconds, cpu, jackknife, jackknife_cpu, peaks = [], [], [], [], []
     begun = time.perf_counter()
     while len(seconds) < repeats and (not seconds or time.perf_counter() - begun < budget):
@@ -84,7 +89,7 @@ def measure(n: int, m: int, h: int, repeats: int, budget: float) -> dict:
         solution = problem.solve(LAM)
         seconds.append(time.perf_counter() - wall)
         cpu.append(time.process_time() - process)
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        peaks.append(resident("VmHWM"))
         wall, process = time.perf_counter(), time.process_time()
         problem.jackknife(solution, without_fold, LAM)
         jackknife.append(time.perf_counter() - wall)
@@ -94,8 +99,8 @@ def measure(n: int, m: int, h: int, repeats: int, budget: float) -> dict:
         "N": n, "M": m, "h": h, "keeps": statistics.keeps, "kept_MB": statistics.nbytes / 1e6,
         "seconds": median(seconds), "all_seconds": seconds, "cpu_seconds": median(cpu),
         "jackknife_seconds": median(jackknife), "jackknife_cpu_seconds": median(jackknife_cpu),
-        "extra_MB": (peaks[0] - before) * 1024 / 1e6,
-        "extra_with_jackknife_MB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6,
+        "extra_MB": (peaks[0] - before) / 1e6,
+        "extra_with_jackknife_MB": (resident("VmHWM") - before) / 1e6,
         "evaluations": found.evaluations, "gap": found.gap, "converged": found.converged,
         "h_score": found.h_score, "intensity": found.intensity, "threads": torch.get_num_threads(),
     }  # fmt: skip

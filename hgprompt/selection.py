@@ -1,10 +1,10 @@
 """Which M prompts of a large pool are worth mixing.
 
-Three ways, from cheap to thorough: by the H-score of each prompt alone, which takes twins of the best; greedily, each
-prompt for what it adds to those already there; and successive halving, greedy selection that shows most prompts only a
-few of the images (Karnin, Koren & Somekh 2013, "Almost optimal exploration in multi-armed bandits"; Jamieson &
-Talwalkar 2016). A pool is selected by H alone: Eq. 10 pulls towards the mean of whatever pool it is given, so that its
-values for different pools do not compare.
+Three ways, from cheap to thorough: by the H-score of each prompt alone, which takes twins of the best; by successive
+halving (Karnin, Koren & Somekh 2013, "Almost optimal exploration in multi-armed bandits"; Jamieson & Talwalkar 2016),
+which shows most prompts only a few of the images and selects greedily among those that are left; and greedily among all
+(`hgprompt.greedy`). A pool is selected by H alone: Eq. 10 pulls towards the mean of whatever pool it is given, so that
+its values for different pools do not compare.
 """
 
 from __future__ import annotations
@@ -17,16 +17,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hgprompt.distributed import Ranks, slices
 from hgprompt.encoder import Impl, encode
 from hgprompt.errors import DataError, HGPromptWarning, OptionError
+from hgprompt.greedy import (
+    Ranking,
+    alone_scores,
+    check_size,
+    greedy_selection,
+    in_turn,
+    mixture_of,
+    ranking_by_h_score,
+)
 from hgprompt.inputs import Prompts, digest, num_batches, read, resolve, same_batches
-from hgprompt.objective import Alignment, HScore, Objective, Shrinkage, check_shrinkage
-from hgprompt.optimize import Solution, WeightProblem
+from hgprompt.objective import HScore, Shrinkage, check_shrinkage
 from hgprompt.pool import PromptPool
 from hgprompt.progress import Progress, Reporter
 from hgprompt.statistics import EnsembleStatistics
@@ -36,113 +43,18 @@ logger = logging.getLogger(__name__)
 
 Method = Literal["halving", "greedy", "ranking"]
 _READING = "reading the images"
-_CANDIDATES = 32  # prompts that are looked at together, at least
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """All prompts of a pool in the order in which they are wanted.
-
-    Attributes:
-        order: prompt indices [κ], best first. weights: α [size] over the first of them, float64.
-        objective: -H(α)/(C-1). h_score: H(α). intensity: of the shrinkage.
-    """
-
-    order: Tensor
-    weights: Tensor
-    objective: float
-    h_score: float
-    intensity: float
-
-
-def greedy_selection(
-    statistics: EnsembleStatistics,
-    size: int,
-    *,
-    gram: Tensor | None = None,
-    lam: float = 0.0,
-    shrinkage: Shrinkage = "auto",
-    starts: int = 8,
-    tolerance: float = 1e-4,
-) -> Ranking:
-    """The prompts that minimise -H/(C-1) + λ L_align together, by greedy forward selection.
-
-    Three sets are tried, and the best one taken: each step adds the prompt along which the objective falls most steeply
-    and minimises over all taken so far (a fully corrective Frank–Wolfe method; Jaggi 2013); the largest weights of the
-    joint minimum over all; and the prompts that are best alone. Of a large pool, only the prompts that are best alone
-    or most wanted by the uniform mixture are candidates, and whatever the minimum found would still gain from. Prompts
-    without weight follow, in turn those that are best alone and those that the minimum wants most.
-
-    Args:
-        statistics: of κ prompts. size: prompts to take, at most κ.
-        gram, lam, shrinkage: as for `hgprompt.optimize_weights`. starts: of the joint minimum.
-        tolerance: Frank–Wolfe gap of each minimisation.
-
-    Raises:
-        OptionError: size is not from 1 to κ. DataError, PromptError: as for `hgprompt.optimize_weights`.
-    """
-    count = statistics.num_prompts
-    _check_size(size, count)
-    score = HScore(statistics, shrinkage=shrinkage)
-    alignment = None if gram is None else Alignment(gram.detach().to("cpu", torch.float64).numpy())
-    objective = Objective(score, alignment, lam)
-    alone = np.array([score.evaluate(vertex)[0] for vertex in np.eye(count)])
-    best_alone = (-alone).argsort(kind="stable").tolist()
-    slopes = objective(np.full(count, 1 / count))[1]
-    candidates = _in_turn(best_alone, slopes.argsort(kind="stable").tolist())[: max(4 * size, _CANDIDATES)]
-    while True:
-        problem = WeightProblem(
-            statistics.select(candidates),
-            None if gram is None else gram[candidates][:, candidates],
-            shrinkage=score.intensity,
-            starts=starts,
-            tolerance=tolerance,
-        )
-        joint = problem.solve(lam).weights
-        pools = (
-            problem.forward(lam, size),
-            joint.argsort(descending=True, stable=True)[:size].tolist(),
-            alone[candidates].argsort()[::-1][:size].tolist(),
-        )
-        solutions = [problem.solve_within(pool, lam, warm=[joint]) for pool in pools]
-        best = min(solutions, key=lambda s: s.diagnostics.objective)
-        weights = np.zeros(count)
-        weights[candidates] = best.weights.numpy()
-        value, slopes = objective(weights)
-        gains = [i for i in slopes.argsort(kind="stable").tolist() if slopes[i] < weights @ slopes - tolerance]
-        new = [i for i in gains if i not in candidates][:size]
-        if not new or len(candidates) > 8 * max(size, _CANDIDATES):
-            break
-        candidates = candidates + new
-    wanted = slopes.argsort(kind="stable").tolist()
-    order = [i for i in (-weights).argsort(kind="stable").tolist() if weights[i] > 0]
-    order += [i for i in _in_turn(best_alone, wanted) if weights[i] == 0]
-    h = best.diagnostics.h_score
-    return Ranking(torch.tensor(order), torch.from_numpy(weights[order[:size]]), value, h, score.intensity)
-
-
-def ranking_by_h_score(statistics: EnsembleStatistics, size: int, *, shrinkage: Shrinkage = "auto") -> Ranking:
-    """By the H-score of each prompt alone; weights are the best ones over the first `size`."""
-    _check_size(size, statistics.num_prompts)
-    score = HScore(statistics, shrinkage=shrinkage)
-    alone = torch.tensor([score.evaluate(vertex)[0] for vertex in np.eye(statistics.num_prompts)])
-    order = alone.argsort(descending=True, stable=True)
-    weights, found = mixture_of(statistics, order[:size].tolist(), intensity=score.intensity)
-    return Ranking(order, weights, found.objective, found.h_score, score.intensity)
-
-
-def mixture_of(
-    statistics: EnsembleStatistics, prompts: Sequence[int], *, intensity: float, tolerance: float = 1e-4
-) -> Solution:
-    """The best mixture of some prompts of a pool by H alone, at the intensity of the pool."""
-    return WeightProblem(statistics.select(prompts), shrinkage=intensity, tolerance=tolerance).solve(0.0)
+_FINAL_SHARE = 0.5  # of halving's budget, for those prompts that see every image
+_FINALISTS = 32  # may be as many as that, however few are wanted
 
 
 class SuccessiveHalving:
-    """Rounds of greedy selection; after each, only the more wanted half of the prompts see more images.
+    """Rounds after each of which only the more promising half of the prompts see more images; then greedy selection.
 
-    With R = ⌊log₂(κ/size)⌋ eliminations, every one comes after twice as many images as the one before, and the last
-    survivors see all N. When the first comes follows from the budget:
+    Every elimination comes after twice as many images as the one before, and the survivors of the last see all N. Few
+    images tell poor prompts from good ones; which of the good go best together takes many, and one that is missing may
+    cost several per cent. So half of the budget goes to the survivors: they are m_R = budget · κ / 2, though no fewer
+    than `size` and, for the sake of what selecting among them takes, no more than 4 · size (or 32). The others go in
+    R = log₂(κ/m_R) eliminations, R rounded and all of one ratio. When the first comes follows from the budget:
 
         budget · κ = m_R + Σ_r t_r (m_r - m_{r+1}),   t_r = t_0 2^r,   m_r prompts in round r from 0 to R,
 
@@ -151,9 +63,9 @@ class SuccessiveHalving:
 
     Args:
         num_prompts: κ. size: prompts that are wanted in the end. num_images: N of the stream.
-        budget: share of all images × prompts to spend, at most, above m_R/κ. None: a quarter; or (1 + R/2)/2^R, what
-            rounds of equal cost take (t_0 = 2^-R), where that is more, as in pools less than 16 times as large as
-            the selection.
+        budget: share of all images × prompts to spend, at most, above size/κ. None: a quarter; or, where that is more,
+            (1 + r/2)/2^r with r = ⌊log₂(κ/size)⌋, as in pools less than 16 times as large as the selection: what
+            halving costs whose every round costs the same.
         shrinkage: as for `hgprompt.h_score`. smallest: images before the first elimination, at least.
 
     Attributes:
@@ -174,11 +86,12 @@ class SuccessiveHalving:
         shrinkage: Shrinkage = "auto",
         smallest: int = 32,
     ) -> None:
-        _check_size(size, num_prompts)
+        check_size(size, num_prompts)
         check_shrinkage(shrinkage)
         if num_images < 1:
             raise OptionError(f"num_images must be at least 1, got {num_images}")
         self.size, self.shrinkage = size, shrinkage
+        self._count = num_prompts
         self.survivors = torch.arange(num_prompts)
         self.statistics = EnsembleStatistics(keep="features")
         self.pairs = 0
@@ -204,7 +117,9 @@ class SuccessiveHalving:
         """Greedy selection among the survivors, on all images; indices are those of the whole pool, and prompts that
         were eliminated are missing from the order."""
         found = greedy_selection(self.statistics, self.size, shrinkage=self.shrinkage)
-        return dataclasses.replace(found, order=self.survivors[found.order])
+        alone = torch.full((self._count,), torch.nan, dtype=torch.float64)
+        alone[self.survivors] = found.alone
+        return dataclasses.replace(found, order=self.survivors[found.order], alone=alone)
 
     def _eliminate(self, left: int) -> None:
         if len(self.statistics.classes) < 2:
@@ -219,11 +134,7 @@ class SuccessiveHalving:
                 HGPromptWarning,
                 stacklevel=4,
             )
-        # An order is all that is wanted: one start will do.
-        found = greedy_selection(
-            self.statistics, min(self.size, left), shrinkage=self.shrinkage, starts=1, tolerance=1e-3
-        )
-        kept = found.order[:left].sort().values
+        kept = torch.tensor(_promising(self.statistics, self.shrinkage)[:left]).sort().values
         logger.info("%d images: %d of %d prompts go on", self.statistics.num_images, left, len(self.survivors))
         self.survivors = self.survivors[kept]
         self.statistics = self.statistics.select(kept.tolist())
@@ -299,7 +210,7 @@ def select_prompts(
             if method not in ("halving", "greedy", "ranking"):
                 raise OptionError(f"method must be 'halving', 'greedy' or 'ranking', got {method!r}")
             pool, stack, vit = resolve(prompts, backbone, device, dtype)
-            _check_size(size, len(pool))
+            check_size(size, len(pool))
         if not ranks.alone:
             network = f"{vit.name} {vit.image_size} {vit.fingerprint} {vit.dtype}"
             options: dict[str, Any] = {"size": size, "method": method, "num_images": num_images, "budget": budget}
@@ -316,6 +227,8 @@ def select_prompts(
                 if ranks.first and method == "halving" and halving is None:
                     count = num_images if num_images is not None else _expected(total, len(images))
                     halving = SuccessiveHalving(len(pool), size, count, budget=budget, shrinkage=shrinkage)
+            if position == 1 and total is not None:
+                everything.expect(total * len(images))
             # The first rank keeps and decides everything; the others are its network.
             survivors = torch.arange(len(pool)) if halving is None else halving.survivors
             survivors = ranks.broadcast({"survivors": survivors})[0]["survivors"]
@@ -371,7 +284,8 @@ def _selected(
     chosen = found.order[:size].tolist()
     regret = math.nan
     if full_evaluation:
-        regret = regret_of(everything, chosen, greedy_selection(everything, size, shrinkage=shrinkage))
+        best = greedy_selection(everything, size, shrinkage=shrinkage)
+        regret = regret_of(everything, chosen, best, warm=[found.weights])
     all_pairs = statistics.num_images * count
     pairs = all_pairs if halving is None else halving.pairs
     return found.weights, {
@@ -380,17 +294,21 @@ def _selected(
     }  # fmt: skip
 
 
-def regret_of(statistics: EnsembleStatistics, chosen: Sequence[int], best: Ranking) -> float:
+def regret_of(
+    statistics: EnsembleStatistics, chosen: Sequence[int], best: Ranking, *, warm: Sequence[Tensor] = ()
+) -> float:
     """How much is lost by these prompts: their objective (by H alone) less that of another selection, relative to it.
 
     Args:
         statistics: of all prompts and images. chosen: indices of the prompts judged.
         best: of the same statistics by H alone; its intensity serves both.
+        warm: weights over the prompts judged to start from too, as of who chose them: what eight starts of a dozen
+            prompts find can be several per cent from what they can do.
 
     Returns:
         0 where both are equally good; below 0 where the other selection did worse.
     """
-    found = mixture_of(statistics, chosen, intensity=best.intensity).diagnostics
+    found = mixture_of(statistics, chosen, intensity=best.intensity, warm=warm).diagnostics
     return (found.objective - best.objective) / abs(best.objective)
 
 
@@ -398,31 +316,36 @@ def _schedule(count: int, size: int, budget: float | None) -> list[tuple[float, 
     """(share of the images seen, prompts that go on) at each elimination, see `SuccessiveHalving`."""
     if budget is not None and not 0 < budget <= 1:
         raise OptionError(f"budget must be above 0 and at most 1, a share of images × prompts, got {budget}")
-    rounds = math.floor(math.log2(count / size) + 1e-9)
-    if not rounds:
+    halvings = math.floor(math.log2(count / size) + 1e-9)
+    if not halvings:
         if budget is not None and budget < 1:
             raise OptionError(f"{size} of {count} prompts leave nothing to halve: budget must be 1, or left out")
         return []
-    left = [max(round(count / 2**r), size) for r in range(rounds + 1)]
     if budget is None:
-        budget = max(0.25, (1 + rounds / 2) / 2**rounds)
-    if budget * count <= left[-1]:
+        budget = max(0.25, (1 + halvings / 2) / 2**halvings)
+    if budget * count <= size:
         raise OptionError(
-            f"a budget of {budget} is used up by the last {left[-1]} of {count} prompts, which see every image: "
-            f"it must be above {left[-1] / count:.3g}"
+            f"a budget of {budget} is used up by the {size} prompts wanted of {count}, which see every image: "
+            f"it must be above {size / count:.3g}"
         )
-    first = (budget * count - left[-1]) / sum(2**r * (left[r] - left[r + 1]) for r in range(rounds))
+    final = max(min(int(_FINAL_SHARE * budget * count), max(4 * size, _FINALISTS)), size)
+    rounds = max(round(math.log2(count / final)), 1)
+    left = [round(count * (final / count) ** (r / rounds)) for r in range(rounds + 1)]
+    first = (budget * count - final) / sum(2**r * (left[r] - left[r + 1]) for r in range(rounds))
     return [(first * 2**r, left[r + 1]) for r in range(rounds) if first * 2**r < 1]
 
 
-def _in_turn(*orders: Sequence[int]) -> list[int]:
-    """Every index once, first come first served, from several orders of the same indices in turn."""
-    return list(dict.fromkeys(i for row in zip(*orders, strict=True) for i in row))
+def _promising(statistics: EnsembleStatistics, shrinkage: Shrinkage) -> list[int]:
+    """Prompts in the order in which few images speak for them, each alone.
 
-
-def _check_size(size: int, count: int) -> None:
-    if not 1 <= size <= count:
-        raise OptionError(f"size must be from 1 to the {count} prompts of the pool, got {size}")
+    Few images know the trace of the covariance far better than its directions, and then the H-score of the covariance's
+    target, tr Σ_between / tr Σ, tells good from poor with a fraction of the images that H takes. But it is blind to
+    classes that differ along directions of little variance; so the first by either go on, in turn.
+    """
+    score = HScore(statistics, shrinkage=shrinkage)
+    ratio = score.mixture.r.square().sum((1, 2)) / score.mixture.spread
+    alone = alone_scores(score, statistics.num_prompts)
+    return in_turn(ratio.argsort(descending=True, stable=True).tolist(), (-alone).argsort(kind="stable").tolist())
 
 
 def _expected(batches: int | None, batch: int) -> int:

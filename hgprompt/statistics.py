@@ -143,16 +143,21 @@ class EnsembleStatistics:
             )
         labels = check_labels(labels, features.shape[1])
         shape = features.shape[0], features.shape[2]
+        before = self._shape, self._dtype
         if self._shape is None:
             self._shape, self._dtype = shape, features.dtype
             self._limit = available_bytes(features.device) if self.max_bytes is None else self.max_bytes
         elif shape != self._shape:
             raise StatisticsError(f"features are of (M, h) = {shape}, earlier batches were of {self._shape}")
-        self._finite.check(features, self._num_images)
         batch = features.shape[1]
         new = set(labels.unique().tolist()) - self._classes
         num_classes = len(self._classes) + len(new)
-        chosen = self._representation(self._num_images + batch, num_classes)
+        try:
+            self._finite.check(features, self._num_images)
+            chosen = self._representation(self._num_images + batch, num_classes)
+        except (DataError, StatisticsError):
+            self._shape, self._dtype = before  # a first batch that is refused says nothing of what is to come
+            raise
         if self._num_images == 0:
             logger.info("%s", self._plan(batch, num_classes))
         fold_of = self.next_folds(batch)

@@ -197,3 +197,14 @@ def test_empty_statistics_and_bad_options():
         _stream(*_data(), [60], keep="moments").features_and_labels()
     with pytest.raises(OptionError, match="weights"):
         _stream(*_data(), [60]).h_score(torch.ones(2))
+
+
+def test_a_first_batch_that_is_refused_leaves_no_shape_behind():
+    statistics = EnsembleStatistics()
+    labels = torch.arange(4) % 2
+    with pytest.raises(DataError, match="not finite"):
+        statistics.update(torch.full((3, 4, 5), torch.nan), labels)
+    features = torch.randn(2, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    statistics.update(features, labels)
+    assert torch.equal(statistics.features_and_labels()[0], features)
+    assert statistics.dtype == torch.float64
