@@ -23,6 +23,7 @@ def ensemble(
     split: options.Split = "train800val200",
     limit: options.Limit = None,
     bad_images: options.BadImages = "stop",
+    follow_links: options.FollowLinks = False,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Leave this prompt of the pool out; may be given several times.")
     ] = None,
@@ -77,7 +78,9 @@ def ensemble(
     with job(device) as mine, output_directory(out) if mine.first else contextlib.nullcontext():
         quiet = quiet or as_json or not mine.first
         vit = options.load_backbone(prompts.backbone, backbone, weights, device, dtype, image_size)
-        images = options.load_images(data, split, vit, limit=limit, quiet=quiet, bad_images=bad_images)
+        images = options.load_images(
+            data, split, vit, limit=limit, quiet=quiet, bad_images=bad_images, follow_links=follow_links
+        )
         if not quiet:
             show.print_memory(len(prompts), vit.width, len(images), images.num_classes, vit.dtype.itemsize)
         order = None if tolerance is None else seed

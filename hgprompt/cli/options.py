@@ -65,6 +65,10 @@ BadImages = Annotated[
         "it is more than half of them, or all of a class).",
     ),
 ]
+FollowLinks = Annotated[
+    bool,
+    typer.Option("--follow-links", help="Take images that links lead to outside the folder: for a folder of your own."),
+]
 Device = Annotated[
     str | None,
     typer.Option(
@@ -217,7 +221,14 @@ def _dtype(name: str, device: str) -> torch.dtype:
 
 
 def load_images(
-    data: str, split: str, vit: FrozenViT, *, limit: int | None, quiet: bool = True, bad_images: str = "stop"
+    data: str,
+    split: str,
+    vit: FrozenViT,
+    *,
+    limit: int | None,
+    quiet: bool = True,
+    bad_images: str = "stop",
+    follow_links: bool = False,
 ) -> LabelledImages | ImageDataset:
     """The images of a folder, or rendered ones. The same limit means the same images in every command."""
     from hgprompt.data import load_task, open_images
@@ -226,7 +237,7 @@ def load_images(
     with Progress.of(not quiet) as report:
         if data.startswith(PROCEDURAL):
             return _render(data, split, vit, limit, lambda done, total: report("rendering", done, total))
-        task: ImageTask = load_task(data, split)
+        task: ImageTask = load_task(data, split, follow_links=follow_links)
         if limit is not None and limit < task.num_classes:
             typer.secho(
                 f"warning: {limit} images of {task.num_classes} classes leave some without any", fg="yellow", err=True

@@ -32,6 +32,7 @@ def select(
     split: options.Split = "train800val200",
     limit: options.Limit = None,
     bad_images: options.BadImages = "stop",
+    follow_links: options.FollowLinks = False,
     batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1)] = 16,
     dtype: options.Dtype = "float32",
     device: options.Device = None,
@@ -51,7 +52,9 @@ def select(
     prompts = PromptPool.load(pool)
     check_writable(out.parent)
     vit = options.load_backbone(prompts.backbone, backbone, weights, device, dtype, image_size)
-    images = options.load_images(data, split, vit, limit=limit, quiet=quiet or as_json, bad_images=bad_images)
+    images = options.load_images(
+        data, split, vit, limit=limit, quiet=quiet or as_json, bad_images=bad_images, follow_links=follow_links
+    )
     found = select_prompts(
         prompts,
         options.batches(images, batch_size, seed=seed),

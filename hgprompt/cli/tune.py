@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +43,7 @@ def train_source(
     split: options.Split = "train800val200",
     limit: options.Limit = None,
     bad_images: options.BadImages = "stop",
+    follow_links: options.FollowLinks = False,
     epochs: options.Epochs = 20,
     batch_size: options.BatchSize = 32,
     optimizer: options.Optimizer = "adamw",
@@ -93,9 +96,10 @@ def train_source(
     config = _config(epochs, batch_size, optimizer, lr, head_lr, weight_decay, warmup, prompt_dropout, seed)
     check_writable(pool.parent)
     # What cannot be read is an error before the work, not in the middle of it.
-    all_images = [
-        options.load_images(d, split, vit, limit=limit, quiet=quiet or as_json, bad_images=bad_images) for d in data
-    ]
+    read = functools.partial(
+        options.load_images, quiet=quiet or as_json, bad_images=bad_images, follow_links=follow_links
+    )
+    all_images = [read(d, split, vit, limit=limit) for d in data]
     records = [_record(images, vit, config) for images in all_images]
     todo = _not_yet_there(names, records, known, pool)
     start = random_prompt(vit, tokens, deep=deep, seed=seed)
@@ -154,6 +158,7 @@ def tune(
     evaluate_every: Annotated[int, typer.Option(help="Epochs between tests; 0: after the last alone.", min=0)] = 1,
     limit: options.Limit = None,
     bad_images: options.BadImages = "stop",
+    follow_links: options.FollowLinks = False,
     epochs: options.Epochs = 20,
     batch_size: options.BatchSize = 32,
     optimizer: options.Optimizer = "adamw",
@@ -189,8 +194,11 @@ def tune(
             info, backbone, weights, device, dtype, image_size, "mini", mean, std, interpolation
         )
         config = _config(epochs, batch_size, optimizer, lr, head_lr, weight_decay, warmup, prompt_dropout, seed)
-        images = options.load_images(data, split, vit, limit=limit, quiet=quiet or as_json, bad_images=bad_images)
-        tested = None if test is None else _test_images(data, test, images, vit, quiet or as_json, bad_images)
+        read = functools.partial(
+            options.load_images, quiet=quiet or as_json, bad_images=bad_images, follow_links=follow_links
+        )
+        images = read(data, split, vit, limit=limit)
+        tested = None if test is None else _test_images(read, data, test, images, vit)
         if prompt is None:
             prompt = random_prompt(vit, tokens or 10, deep=deep, seed=seed)
         elif info is not None:
@@ -333,7 +341,11 @@ def _check_backbone(info: BackboneInfo, vit: FrozenViT, start: str) -> None:
 
 
 def _test_images(
-    data: str, test: str, train: LabelledImages | ImageDataset, vit: FrozenViT, quiet: bool, bad_images: str
+    read: Callable[..., LabelledImages | ImageDataset],
+    data: str,
+    test: str,
+    train: LabelledImages | ImageDataset,
+    vit: FrozenViT,
 ) -> LabelledImages | ImageDataset:
     """The images of another split, or of another folder with the same classes."""
     from hgprompt.errors import DataError
@@ -341,12 +353,12 @@ def _test_images(
     if data.startswith(options.PROCEDURAL):
         if test != "test":
             raise DataError(f"{data} has one split to test on: --test test, got {test!r}")
-        return options.load_images(data, test, vit, limit=None, quiet=quiet, bad_images=bad_images)
+        return read(data, test, vit, limit=None)
     if (Path(data) / f"{test}.txt").is_file() and not Path(test).is_dir():
-        return options.load_images(data, test, vit, limit=None, quiet=quiet, bad_images=bad_images)
+        return read(data, test, vit, limit=None)
     if not Path(test).is_dir():
         raise DataError(f"--test {test!r} is neither a split of {data} nor a folder with the same classes")
-    images = options.load_images(test, "test", vit, limit=None, quiet=quiet, bad_images=bad_images)
+    images = read(test, "test", vit, limit=None)
     if images.class_names != train.class_names:
         raise DataError(
             f"the classes of {test} ({_some(images.class_names)}) are not those of {data} ({_some(train.class_names)})"

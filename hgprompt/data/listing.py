@@ -213,7 +213,7 @@ def _from_class_folders(root: _Root) -> ImageTask:
             if not root.holds(path):
                 raise DataError(
                     f"{path} is a link that leads out of {folder}: copy what it leads to, or, where the folder is your "
-                    "own, load_task(..., follow_links=True)"
+                    "own, follow links (load_task(..., follow_links=True), on the command line --follow-links)"
                 )
         samples += [(p, label) for p in files]
         if len(samples) > MAX_SAMPLES:

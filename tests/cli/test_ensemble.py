@@ -116,6 +116,19 @@ def test_bad_images_stop_or_are_skipped_and_named(place):
     assert _run(place, *command, "--bad-images", "ignore").returncode == 1
 
 
+def test_links_out_of_a_folder_are_followed_where_that_is_asked_for(place):
+    (place / "linked").mkdir()
+    for kind in ("red", "green"):
+        (place / "linked" / kind).symlink_to(place / "task" / kind, target_is_directory=True)
+    command = ("ensemble", "pool.safetensors", "linked", *ENSEMBLE[3:], "-o", "linked_out", "--no-plot")
+    refused = _run(place, *command)
+    assert refused.returncode == 1
+    assert "--follow-links" in refused.stderr
+    done = _run(place, *command, "--follow-links", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["n_images"] == len(list((place / "linked").glob("*/*.png")))
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
