@@ -163,7 +163,8 @@ class WeightProblem:
         """The best mixture of some of the prompts; weights [M] with 0 for the others.
 
         Args:
-            prompts: indices, each once. lam: λ. warm: weights [M] to start from too, as far as they lie within.
+            prompts: indices, each once. lam: λ. warm: weights [M] to start from too, as far as they lie within; what
+                is found is no worse than they are.
         """
         check_options(lam=lam, shrinkage=0.0, solver="quasi-newton", starts=self.starts)
         return self._solve(lam, np.asarray(prompts), warm=[w.numpy() for w in warm])
@@ -312,8 +313,11 @@ class WeightProblem:
         function = Objective(score, alignment, lam, self.normalize)
         before = self.score.evaluations
         starts = simplex.starting_points(function, len(pool), self.starts, self.seed)
-        starts += [simplex.project(w[pool]) for w in warm]
         minima = [self._minimize(function, start, solver, learning_rate) for start in starts]
+        for start in (simplex.project(w[pool]) for w in warm):
+            if reduced is not None:  # exact there, it leads nowhere worse; else it may not see what is good about it
+                reduced.show(score.on_all(start))
+            minima.append(self._minimize(function, start, solver, learning_rate))
         if reduced is not None:
             minima = self._touch_down(function, minima, reduced, score)
         minima = [dataclasses.replace(m, weights=score.on_all(m.weights)) for m in minima]

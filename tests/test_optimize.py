@@ -160,6 +160,30 @@ def test_a_pool_without_a_prompt_is_that_pool(width):
         assert solution.diagnostics.alignment_loss == pytest.approx(alone.diagnostics.alignment_loss, abs=1e-3)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_warm_start_is_never_lost(seed):
+    """Where each prompt tells other classes apart, there are minima all over: the search in a basis that has not seen
+    the one it is given must not lead away from it (it did, in a fifth of these cases)."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(240) % 8
+    means = torch.randn(8, 192, generator=generator, dtype=torch.float64)
+    features = 2 * torch.randn(240, 192, generator=generator, dtype=torch.float64).repeat(13, 1, 1)
+    for prompt in features:
+        own, alike = means.clone(), torch.randperm(8, generator=generator)[:6]
+        own[alike] = own[alike].mean(0)
+        prompt += own[labels] + 2 * torch.randn(240, 192, generator=generator, dtype=torch.float64)
+    problem = WeightProblem(statistics_of(features, labels, "features"), shrinkage=0.05, starts=1)
+    assert problem._reduced is not None  # else there is nothing to lose
+    whole = Objective(problem.score, None, 0.0)
+    draw = np.random.default_rng(seed)
+    for _ in range(6):
+        three = np.zeros(13)
+        three[draw.choice(13, 3, replace=False)] = 1 / 3
+        minimum = simplex.quasi_newton(whole, three, tolerance=1e-5)
+        found = problem.solve_within(range(13), 0.0, warm=[torch.from_numpy(minimum.weights)])
+        assert found.diagnostics.objective <= minimum.value + 1e-9  # rounding, in a basis of hundreds of directions
+
+
 def test_ablations():
     statistics, gram = statistics_of(*data(80, 4, 6, 3)), random_gram(4)
     rows = WeightProblem(statistics, gram).ablations(0.3)
