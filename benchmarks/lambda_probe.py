@@ -217,12 +217,20 @@ def report(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     if prompts:
         record["prompts"] = {"prompts": gains(prompts), "features": gains(prompts, "accuracy of mixed features")}
-    write_text(arguments.out, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_text(arguments.out, json.dumps(_rounded(record), ensure_ascii=False) + "\n")
     for title, table in (*record["features"].items(), *record.get("prompts", {}).items()):
         print(title)
         for name, row in table.items():
             tasks = "  ".join(f"{task} {gain:+.2f}" for task, gain in row["tasks"].items())
             print(f"  {name:16s} {row['mean']:+.2f} ± {row['standard_error']:.2f}   {tasks}")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value
 
 
 def main() -> None:
