@@ -100,6 +100,7 @@ def reproduce(
     """
     from hgprompt.bundled import load_model
     from hgprompt.cli import show
+    from hgprompt.cli.torchrun import own_gpu
     from hgprompt.errors import OptionError
     from hgprompt.files import output_directory
     from hgprompt.paper import EXPERIMENTS, Lab, Plan, Share, Store, find_suite, make_request, run_cells
@@ -122,8 +123,8 @@ def reproduce(
     for line in suite.lines():
         say(line)
     vit = options.load_backbone(
-        None if known is None else known.backbone, backbone, weights, device, dtype, image_size, "mini", mean, std,
-        interpolation,
+        None if known is None else known.backbone, backbone, weights, device or own_gpu(), dtype, image_size, "mini",
+        mean, std, interpolation,
     )  # fmt: skip
 
     def model() -> nn.Module:
@@ -159,13 +160,13 @@ def reproduce(
 
 def _tasks(
     wanted: Experiment, root: Path, targets: tuple[str, ...] | None, sources: tuple[str, ...] | None, find: Any
-) -> tuple[Suite, tuple[str, ...], tuple[str, ...] | None]:
-    """The suite that holds all that is needed, the targets in it, and the tasks to tune sources on (None: all)."""
+) -> tuple[Suite, tuple[str, ...], tuple[str, ...]]:
+    """The suite that holds all that is needed, the targets in it, and the tasks to tune sources on."""
     sources = sources or wanted.sources
     mine = targets or wanted.targets
     suite = find(root, None if mine is None and sources is None else [*(mine or ()), *(sources or ("paper", "own"))])
     chosen = tuple(find(root, mine).tasks) if mine is not None else tuple(suite.tasks)
-    there = None if sources is None else tuple(find(root, sources).tasks)
+    there = suite.usual_sources if sources is None else tuple(find(root, sources).tasks)
     return suite, chosen, there
 
 

@@ -37,9 +37,20 @@ def job(device: str | None) -> Iterator[Job]:
     import torch
     import torch.distributed as dist
 
-    on_gpu = torch.cuda.is_available() and not (device or "cuda").startswith("cpu")
+    gpu = None if (device or "cuda").startswith("cpu") else own_gpu()
+    on_gpu = gpu is not None
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", share.rank)))
+        torch.cuda.set_device(gpu)
     dist.init_process_group("nccl" if on_gpu else "gloo")
     yield Job(dist.group.WORLD, share.rank, share.world)
     dist.destroy_process_group()  # not after an error: other ranks may never come to it
+
+
+def own_gpu() -> str | None:
+    """The GPU of this process among those that torchrun started on this machine; None without a GPU or torchrun."""
+    import torch
+
+    local = os.environ.get("LOCAL_RANK", os.environ.get("RANK"))
+    if local is None or not torch.cuda.is_available():
+        return None
+    return f"cuda:{int(local) % torch.cuda.device_count()}"

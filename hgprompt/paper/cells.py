@@ -11,6 +11,7 @@ its own share.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -136,7 +137,14 @@ class Store:
         write_text(self.path(cell), json.dumps(whole, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
     def checkpoints(self, cell: Cell) -> Path:
-        """The cell's own directory of checkpoints."""
+        """The cell's own directory of checkpoints; work that was begun otherwise (another pool, say) has another."""
+        return self._begun(cell) / hashlib.sha256(json.dumps(_plain(cell.identity)).encode()).hexdigest()[:16]
+
+    def forget_checkpoints(self, cell: Cell) -> None:
+        """Delete what the cell, however it was begun, has left to go on from."""
+        shutil.rmtree(self._begun(cell), ignore_errors=True)
+
+    def _begun(self, cell: Cell) -> Path:
         return self.out / "checkpoints" / _file_name(cell.key)
 
     def finished(self, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
@@ -180,7 +188,7 @@ def run_cells(
         mine = share.of(cells)
         for cell in mine:  # a kill between a cell's file and its clean-up leaves checkpoints that nobody needs
             if cell.key in done:
-                shutil.rmtree(store.checkpoints(cell), ignore_errors=True)
+                store.forget_checkpoints(cell)
         ahead = [cell for cell in mine if cell.key not in done]
         report(stage, len(mine) - len(ahead), len(mine))
         for i, cell in enumerate(ahead, start=1):
@@ -189,7 +197,7 @@ def run_cells(
             record = cell.run(Work(checkpoints, report))
             store.put(cell, record)
             done[cell.key] = jsonable(dict(record))
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            store.forget_checkpoints(cell)
             logger.info("%s finished in %.1f s", cell.key, time.perf_counter() - began)
             report(stage, len(mine) - len(ahead) + i, len(mine))
         while wait and len(done) < len(cells):

@@ -91,7 +91,7 @@ def _table(lab: Lab, title: str, rows: Mapping[str, str], request: Request, reco
 
 def _write_table1(lab: Lab, request: Request, records: Records) -> list[Path]:
     table = _table(lab, "Method", {m: m for m in request.methods}, request, records)
-    return _write_accuracies(lab, "table1", "Table 1: methods on VTAB-1k tasks", table, request, [])
+    return _write_accuracies(lab, "table1", "Table 1: methods on VTAB-1k tasks", table, request, records, [])
 
 
 def _write_table2(lab: Lab, request: Request, records: Records) -> list[Path]:
@@ -100,17 +100,20 @@ def _write_table2(lab: Lab, request: Request, records: Records) -> list[Path]:
         "The third row is the first: the alignment loss of Eq. 10 is least at uniform weights, whatever the gradients "
         "are, so alone it leaves the uniform mixture as it is."
     )
-    return _write_accuracies(lab, "table2", "Table 2: what each part of the objective adds", table, request, [remark])
+    return _write_accuracies(
+        lab, "table2", "Table 2: what each part of the objective adds", table, request, records, [remark]
+    )
 
 
 def _write_accuracies(
-    lab: Lab, name: str, title: str, table: Table, request: Request, remarks: Sequence[str]
+    lab: Lab, name: str, title: str, table: Table, request: Request, records: Records, remarks: Sequence[str]
 ) -> list[Path]:
     from hgprompt.paper.figures import plot_dots, plot_scores
 
     below = "Test accuracy in %. Bold: best of a column, underlined: second best."
     if len(lab.plan.seeds) > 1:
         below += f" Mean ± standard deviation (n - 1) of {len(lab.plan.seeds)} seeds."
+    remarks = [*remarks, *_diverged(lab, request, records)]
     files = _write_text(lab, name, title, table.markdown(), table.csv(), [below, *remarks], request)
     rows = {n: [None if e is None else (e.mean, e.std or 0.0) for e in entries] for n, entries in table.rows.items()}
     if any(e is not None for entries in rows.values() for e in entries):
@@ -118,6 +121,17 @@ def _write_accuracies(
         draw(table.columns, rows, title, lab.out / f"{name}.png")
         files.append(lab.out / f"{name}.png")
     return files
+
+
+def _diverged(lab: Lab, request: Request, records: Records) -> list[str]:
+    """A sentence for final runs that came to nothing, which count as 0 % in means."""
+    of_targets = {lab.task(task).name for task in request.targets}
+    found = [
+        f"{key} ({sum(record['diverged'])} of {len(record['diverged'])} seeds)"
+        for key, record in records.items()
+        if any(record.get("diverged", ())) and key.rpartition(".")[2] in of_targets
+    ]
+    return [f"Diverged with the rates chosen, and counted as 0 %: {', '.join(found)}."] if found else []
 
 
 # Figures 3 and 4
@@ -332,9 +346,11 @@ def _write_text(
     conditions = [
         f"backbone {vit.name} at {vit.image_size[0]} pixels, weights {vit.fingerprint[:12]}",
         f"{plan.tokens} {kind} prompt tokens",
-        f"epochs: {plan.epochs} on targets, {plan.source_epochs} on sources",
+        f"epochs: {plan.epochs} on targets" + ("" if lab.pool_given else f", {plan.source_epochs} on sources"),
+        f"a pool of {len(lab.sources())} given prompts" if lab.pool_given else f"{len(lab.sources())} sources",
+        f"λ = {plan.lam:g} (of -H/(C-1) + λ L_align)",
         f"seeds {', '.join(map(str, plan.seeds))}",
-        f"{plan.grid} grid",
+        f"{plan.grid} grid, batches of {plan.batch_size}, {str(vit.dtype).removeprefix('torch.')}",
         "all test images" if plan.test_limit is None else f"at most {plan.test_limit} test images of a task",
     ]
     paragraphs = [f"# {title}", table.rstrip(), *below, f"Conditions: {'; '.join(conditions)}."]

@@ -185,6 +185,11 @@ class Lab:
         return self._made
 
     @property
+    def pool_given(self) -> bool:
+        """Whether the source prompts came from outside, and were not tuned here."""
+        return self._given is not None
+
+    @property
     def pool_file(self) -> Path:
         return self.out / "pool.safetensors"
 

@@ -136,6 +136,11 @@ class Suite:
     tasks: dict[str, TaskFolder]
     missing: tuple[str, ...]
 
+    @property
+    def usual_sources(self) -> tuple[str, ...]:
+        """The tasks that source prompts are tuned on unless asked otherwise: those of the paper, and a user's own."""
+        return tuple(n for n in self.tasks if n not in _BY_NAME or _BY_NAME[n].in_paper)
+
     def lines(self) -> list[str]:
         """What a reader has to know of what is and is not there, a sentence each."""
         said = [f"{task.name}: {note}" for task in self.tasks.values() for note in task.notes]

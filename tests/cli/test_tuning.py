@@ -203,7 +203,7 @@ def broken(place):
         (("train-source", "labels"), 1, "line 2: label 2 is no class of 2"),
         (("train-source", "lonely"), 1, "at least 2 classes"),
         (("train-source", "many"), 1, "is no class of at most 100000"),
-        (("train-source", "nul"), 1, "line 1: 'a"),
+        (("train-source", "nul"), 1, "line 1: nul/a"),
         (("train-source", "fruit", "--name", "a\tb"), 1, "printable"),
         (("train-source", "procedural:azimuth", "--limit", "100000000000"), 1, "ask for fewer"),
         (("train-source", "fruit", "--image-size", "17"), 1, "no multiple"),
