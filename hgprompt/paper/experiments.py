@@ -22,7 +22,7 @@ from hgprompt.paper.tasks import canonical
 from hgprompt.paper.weights import WEIGHING, cosines_cell, weights_cell
 
 Records = Mapping[str, Mapping[str, Any]]
-HGPROMPT, UNIFORM = "HGPrompt", "uniform"
+HGPROMPT, RAW, UNIFORM = "HGPrompt", "HGPrompt, raw H", "uniform"
 _FEW = 7  # rows that dots beside one another can still be told apart in
 LAMBDAS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
@@ -260,7 +260,8 @@ def _write_fig5(lab: Lab, request: Request, records: Records) -> list[Path]:
 
 
 def _at(lam: float) -> str:
-    return f"{HGPROMPT} λ={lam:g}"
+    """λ as the paper has it, beside an H that is not divided by C - 1."""
+    return f"{RAW} λ={lam:g}"
 
 
 def _cells_fig6(lab: Lab, request: Request) -> list[Cell]:
@@ -272,7 +273,7 @@ def _write_fig6(lab: Lab, request: Request, records: Records) -> list[Path]:
 
     table = _table(lab, "λ", {_at(lam): _at(lam) for lam in LAMBDAS}, request, records)
     title = "Figure 6: accuracy against λ"
-    below = ["Test accuracy in %, tuned from the mixture that each λ gives."]
+    below = ["Test accuracy in %, tuned from the mixture that each λ of -H + λ L_align gives (Eq. 12)."]
     files = _write_text(lab, "fig6", title, table.markdown(), table.csv(), below, request)
     curves: dict[str, dict[float, Sequence[float]]] = {}
     for task in request.targets:

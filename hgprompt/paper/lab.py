@@ -22,7 +22,7 @@ from hgprompt.progress import Reporter
 from hgprompt.tuning import TuneConfig, random_prompt, tune
 from hgprompt.tuning.method import Setting
 
-RECIPE = 1
+RECIPE = 2
 """Version of the recipes: raised where the same options give other numbers, so that old cells are not mixed in."""
 _SOURCE_LR = 0.16
 

@@ -16,7 +16,7 @@ from hgprompt.tuning.learner import HEAD, cross_entropies
 from hgprompt.tuning.method import Cost, Setting
 from hgprompt.tuning.methods import CONTROLS, METHODS, attempt, panda, spot
 from hgprompt.tuning.methods.controls import BestSingle, EqualCompute, RandomWeights, WeightLearner
-from hgprompt.tuning.methods.hgprompt import HGPrompt
+from hgprompt.tuning.methods.hgprompt import HGPrompt, RawHGPrompt
 from hgprompt.tuning.methods.start import brief_config
 
 PROMPTS = {name: METHODS[name] for name in ("VPT", "SPoT", "ATTEMPT", "PANDA", "HGPrompt")} | CONTROLS
@@ -244,6 +244,17 @@ def test_hgprompt_is_fast_ensembles_mixture(model):
         assert torch.equal(prepared.learner.parameters[0]["prompt"].detach(), found.prompt.float())
         assert prepared.cost == Cost(forward=24 * 3, backward=24 * 3 if lam else 0)
     assert HGPrompt(0.0).name == "HGPrompt λ=0"
+
+
+def test_hgprompt_with_the_papers_lambda(model):
+    """-H + λ L is C - 1 times -H/(C-1) + λ/(C-1) L: the minimum is the same."""
+    setting = _setting(model)
+    raw = RawHGPrompt(0.5)
+    ours = HGPrompt(0.5 / (setting.num_classes - 1)).start(setting, 0)[2]["weights"]
+    papers = raw.start(setting, 0)[2]["weights"]
+    assert papers == pytest.approx(ours, abs=1e-3)  # both stop at a gap of 1e-6
+    assert papers != pytest.approx(HGPrompt(0.5).start(setting, 0)[2]["weights"], abs=1e-3)
+    assert raw.name == "HGPrompt, raw H λ=0.5"
 
 
 def test_random_weights_are_uniform_on_the_simplex(model):

@@ -5,7 +5,7 @@ from hgprompt.tuning.methods.adapter import Adapter
 from hgprompt.tuning.methods.attempt import ATTEMPT
 from hgprompt.tuning.methods.bias import Bias
 from hgprompt.tuning.methods.controls import BestSingle, CrossEntropyWeights, EqualCompute, RandomWeights, Uniform
-from hgprompt.tuning.methods.hgprompt import HGPrompt
+from hgprompt.tuning.methods.hgprompt import HGPrompt, RawHGPrompt
 from hgprompt.tuning.methods.linear import Linear
 from hgprompt.tuning.methods.mlp import MLP
 from hgprompt.tuning.methods.panda import PANDA
@@ -24,9 +24,9 @@ METHODS: dict[str, Method] = {
 """Table 1, in its order, by name."""
 
 CONTROLS: dict[str, Method] = {
-    m.name: m for m in (Uniform(), RandomWeights(), BestSingle(), EqualCompute(), CrossEntropyWeights())
+    m.name: m for m in (RawHGPrompt(), Uniform(), RandomWeights(), BestSingle(), EqualCompute(), CrossEntropyWeights())
 }
-"""Without which no gain can be credited to α."""
+"""Eq. 12 with the paper's own λ, and those without which no gain can be credited to α."""
 
 __all__ = [
     "ATTEMPT",
@@ -44,6 +44,7 @@ __all__ = [
     "Linear",
     "Partial",
     "RandomWeights",
+    "RawHGPrompt",
     "SPoT",
     "SideTune",
     "Uniform",

@@ -21,19 +21,20 @@ class HGPrompt(StartMethod):
 
     name = "HGPrompt"
     uses_pool = True
+    normalize = True
 
     def __init__(self, lam: float = 1.0, gradient_images: int | None = _GRADIENT_IMAGES) -> None:
         if not lam >= 0:
             raise OptionError(f"lam must be at least 0, got {lam}")
         self.lam, self.gradient_images = lam, 0 if lam == 0 else gradient_images
         if lam != 1.0:
-            self.name = f"HGPrompt λ={lam:g}"
+            self.name = f"{type(self).name} λ={lam:g}"
 
     def start(self, setting: Setting, seed: int) -> tuple[Tensor, Cost, dict[str, object]]:
         pool = sources(setting)
         result = fast_ensemble(
             pool, setting.train.batches(_BATCH), backbone=setting.backbone, lam=self.lam, seed=seed,
-            gradient_images=self.gradient_images,
+            gradient_images=self.gradient_images, normalize=self.normalize,
         )  # fmt: skip
         report: dict[str, object] = {
             "weights": dict(zip(result.names, result.weights.tolist(), strict=True)),
@@ -47,3 +48,10 @@ class HGPrompt(StartMethod):
         images, m = len(setting.train), len(sources(setting))
         sample = images if self.gradient_images is None else min(images, self.gradient_images)
         return Cost(forward=images * m, backward=sample * m)
+
+
+class RawHGPrompt(HGPrompt):
+    """With H as it stands in Eq. 12, and not divided by C - 1: λ is the paper's."""
+
+    name = "HGPrompt, raw H"
+    normalize = False
