@@ -24,7 +24,7 @@ from hgprompt.checkpoint import PassCheckpoint, identity_of
 from hgprompt.distributed import Ranks, slices
 from hgprompt.encoder import Impl, MicroBatch, encode, pull_back
 from hgprompt.errors import DataError, HGPromptWarning, OptionError
-from hgprompt.inputs import Prompts, digest, num_batches, read, resolve, same_batches
+from hgprompt.inputs import Prompts, digest, images_in, num_batches, read, resolve, same_batches
 from hgprompt.kernels.gram import grams, grams_reference
 from hgprompt.objective import Shrinkage, h_score
 from hgprompt.optimize import Solution, Solver, WeightProblem, check_options, jackknife_std
@@ -382,7 +382,7 @@ class _Pass:
                 batches = same_batches(own, self.ranks, _READING)
             for done, (images, labels) in enumerate(batches, start=1):
                 if done == 1 and total is not None:
-                    self.statistics.expect(total * len(labels) * self.shards)
+                    self.statistics.expect(images_in(loader, total, len(labels)) * self.shards)
                 if checkpoint is not None and checkpoint.skip(images, labels, self):
                     report("images", done, total)
                     continue

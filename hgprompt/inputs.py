@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from hgprompt.backbone import FrozenViT
 from hgprompt.bundled import load_backbone
@@ -186,6 +187,17 @@ def num_batches(loader: Iterable[Any]) -> int | None:
         return len(loader)  # type: ignore[arg-type]
     except TypeError:
         return None
+
+
+def images_in(loader: Iterable[Any], batches: int, first: int) -> int:
+    """About how many images a loader of so many batches has.
+
+    Args:
+        first: images of its first batch, which may have shrunk: by those that could not be read, or by a collate
+            function of a caller's own. So of a DataLoader, its batch size counts.
+    """
+    stated = loader.batch_size if isinstance(loader, DataLoader) else None
+    return first if batches == 1 else batches * max(first, stated or 0)
 
 
 def _is_on(wanted: torch.device, device: torch.device) -> bool:

@@ -32,7 +32,7 @@ from hgprompt.greedy import (
     mixture_of,
     ranking_by_h_score,
 )
-from hgprompt.inputs import Prompts, digest, num_batches, read, resolve, same_batches
+from hgprompt.inputs import Prompts, digest, images_in, num_batches, read, resolve, same_batches
 from hgprompt.objective import HScore, Shrinkage, check_shrinkage
 from hgprompt.pool import PromptPool
 from hgprompt.progress import Progress, Reporter
@@ -193,7 +193,7 @@ def select_prompts(
         size: M, prompts to select.
         method: "halving" (`SuccessiveHalving`), "greedy" (`greedy_selection`) or "ranking" (`ranking_by_h_score`); the
             latter two show every prompt every image.
-        num_images: N of the loader; None: what len(loader) and the first batch say. Needed for "halving".
+        num_images: N of the loader; None: what the loader and its first batch say. Needed for "halving".
         budget: of "halving", as for `SuccessiveHalving`. shrinkage: as for `hgprompt.h_score`.
         full_evaluation: show every prompt every image all the same, to report the regret; `pairs` and `share` stay what
             the method needs.
@@ -225,10 +225,10 @@ def select_prompts(
         ):
             with ranks.together(_READING):
                 if ranks.first and method == "halving" and halving is None:
-                    count = num_images if num_images is not None else _expected(total, len(images))
+                    count = num_images if num_images is not None else _expected(loader, len(images))
                     halving = SuccessiveHalving(len(pool), size, count, budget=budget, shrinkage=shrinkage)
             if position == 1 and total is not None:
-                everything.expect(total * len(images))
+                everything.expect(images_in(loader, total, len(images)))
             # The first rank keeps and decides everything; the others are its network.
             survivors = torch.arange(len(pool)) if halving is None else halving.survivors
             survivors = ranks.broadcast({"survivors": survivors})[0]["survivors"]
@@ -348,7 +348,8 @@ def _promising(statistics: EnsembleStatistics, shrinkage: Shrinkage) -> list[int
     return in_turn(ratio.argsort(descending=True, stable=True).tolist(), (-alone).argsort(kind="stable").tolist())
 
 
-def _expected(batches: int | None, batch: int) -> int:
+def _expected(loader: Iterable[Any], first: int) -> int:
+    batches = num_batches(loader)
     if batches is None:
         raise OptionError("the loader does not say how long it is: pass num_images, which halving plans its rounds by")
-    return batches * batch
+    return images_in(loader, batches, first)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from problems import data, random_gram, statistics_of
+from torch.utils.data import DataLoader
 
 from hgprompt import DataError, HGPromptWarning, OptionError, StatisticsError, select_prompts
+from hgprompt.inputs import images_in
 from hgprompt.objective import HScore
 from hgprompt.optimize import optimize_weights
 from hgprompt.selection import (
@@ -217,6 +219,25 @@ def test_select_prompts_end_to_end(method):
     plain = select_prompts(named, _task(), size=3, backbone=literal.tiny_vit().double(), method=method)
     assert plain.indices == found.indices
     assert np.isnan(plain.regret)
+
+
+def test_a_first_batch_that_has_shrunk_says_nothing_of_the_others():
+    """Of batches of 8, the first has lost 6 images: planned by 20 batches of 2, every elimination would be dropped."""
+    items = [(i, y) for images, labels in _task() for i, y in zip(images, labels, strict=True)]
+
+    def collate(batch):
+        kept = [one for one in batch if one[0] is not None]
+        return torch.stack([i for i, _ in kept]), torch.stack([y for _, y in kept])
+
+    prompts = torch.randn(64, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    options = {"size": 3, "backbone": literal.tiny_vit().double()}
+    shrunk = [(None if n < 6 else i, y) for n, (i, y) in enumerate(items)]
+    found = select_prompts(prompts, DataLoader(shrunk, 8, collate_fn=collate), **options)
+    planned = select_prompts(prompts, DataLoader(shrunk, 8, collate_fn=collate), num_images=160, **options)
+    assert found.rounds == planned.rounds
+    assert len(found.rounds) > 1
+    assert images_in(DataLoader(items[:5], 8), 1, 5) == 5  # one batch is all there is
+    assert images_in([None] * 3, 3, 8) == 24
 
 
 def test_bad_options():
