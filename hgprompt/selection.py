@@ -9,6 +9,7 @@ its values for different pools do not compare.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -219,32 +220,31 @@ def select_prompts(
         stack, total = stack.to(vit.device, vit.dtype), num_batches(loader)
         halving: SuccessiveHalving | None = None
         everything = EnsembleStatistics(keep="features")
-        batches = read(loader, vit)
-        for position, (images, labels) in enumerate(
-            batches if ranks.alone else same_batches(batches, ranks, _READING), start=1
-        ):
-            with ranks.together(_READING):
-                if ranks.first and method == "halving" and halving is None:
-                    count = num_images if num_images is not None else _expected(loader, len(images))
-                    halving = SuccessiveHalving(len(pool), size, count, budget=budget, shrinkage=shrinkage)
-            if position == 1 and total is not None:
-                everything.expect(images_in(loader, total, len(images)))
-            # The first rank keeps and decides everything; the others are its network.
-            survivors = torch.arange(len(pool)) if halving is None else halving.survivors
-            survivors = ranks.broadcast({"survivors": survivors})[0]["survivors"]
-            seen = torch.arange(len(pool)) if full_evaluation else survivors
-            with ranks.together(_READING):
-                mine = seen[slices(len(seen), ranks.world)[ranks.rank]]
-                features = torch.zeros(0, len(images), vit.width, dtype=vit.dtype, device=vit.device)
-                if len(mine):
-                    features = encode(vit, stack[mine.to(vit.device)], images, micro_batch=micro_batch, impl=impl)
-            features = torch.cat(ranks.gather(features))
-            with ranks.together(_READING):
-                if ranks.first and (halving is None or full_evaluation):
-                    everything.update(features, labels)
-                if halving is not None:
-                    halving.update(features[survivors.to(vit.device)] if full_evaluation else features, labels)
-            report("images", position, total)
+        with contextlib.closing(read(loader, vit)) as own:
+            batches = own if ranks.alone else same_batches(own, ranks, _READING)
+            for position, (images, labels) in enumerate(batches, start=1):
+                with ranks.together(_READING):
+                    if ranks.first and method == "halving" and halving is None:
+                        count = num_images if num_images is not None else _expected(loader, len(images))
+                        halving = SuccessiveHalving(len(pool), size, count, budget=budget, shrinkage=shrinkage)
+                if position == 1 and total is not None:
+                    everything.expect(images_in(loader, total, len(images)))
+                # The first rank keeps and decides everything; the others are its network.
+                survivors = torch.arange(len(pool)) if halving is None else halving.survivors
+                survivors = ranks.broadcast({"survivors": survivors})[0]["survivors"]
+                seen = torch.arange(len(pool)) if full_evaluation else survivors
+                with ranks.together(_READING):
+                    mine = seen[slices(len(seen), ranks.world)[ranks.rank]]
+                    features = torch.zeros(0, len(images), vit.width, dtype=vit.dtype, device=vit.device)
+                    if len(mine):
+                        features = encode(vit, stack[mine.to(vit.device)], images, micro_batch=micro_batch, impl=impl)
+                features = torch.cat(ranks.gather(features))
+                with ranks.together(_READING):
+                    if ranks.first and (halving is None or full_evaluation):
+                        everything.update(features, labels)
+                    if halving is not None:
+                        halving.update(features[survivors.to(vit.device)] if full_evaluation else features, labels)
+                report("images", position, total)
         report("selection", 0, None)
         chosen: dict[str, Any] | None = None
         with ranks.together("selecting"):

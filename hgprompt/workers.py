@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 from hgprompt.errors import DataError, HGPromptError
@@ -11,9 +11,17 @@ from hgprompt.errors import DataError, HGPromptError
 
 def end_workers(loader: Iterable[Any], iterator: Iterator[Any]) -> None:
     """End a DataLoader's worker processes now. They would live as long as a traceback holds the iterator, and as long
-    as one that has died is known, PyTorch raises its error again whenever another process ends."""
+    as one that has died is known, PyTorch raises its error again whenever another process ends.
+
+    A loader whose iterator is a generator (as ours that skips images) ends its own where the generator is closed. A
+    caller's generator that is itself the loader is left as it is: the caller may go on with it.
+    """
     end = getattr(iterator, "_shutdown_workers", None)
-    if callable(end) and not getattr(loader, "persistent_workers", False):
+    if isinstance(iterator, Generator) and iterator is not loader:
+        end = iterator.close
+    elif getattr(loader, "persistent_workers", False):
+        end = None
+    if callable(end):
         with contextlib.suppress(RuntimeError):  # that error
             end()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -11,15 +12,17 @@ import time
 import literal
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import hgprompt.checkpoint
-from hgprompt import FrozenViT, fast_ensemble
+from hgprompt import FrozenViT, fast_ensemble, select_prompts
 from hgprompt.checkpoint import PassCheckpoint
-from hgprompt.data import make_loader
+from hgprompt.data import load_task, make_loader
 from hgprompt.data.folders import ImageTask
-from hgprompt.errors import DataError
+from hgprompt.errors import DataError, OptionError
 from hgprompt.files import read_safetensors
+from hgprompt.workers import end_workers
 
 N, BATCH, BAD = 48, 6, 4  # the batch in which it happens
 
@@ -101,6 +104,32 @@ def test_a_worker_that(kind, tmp_path, monkeypatch):
     resumed, undisturbed = _run(None, tmp_path), _run(None)
     assert torch.equal(resumed.weights, undisturbed.weights)
     assert resumed.h_score == undisturbed.h_score
+
+
+@pytest.mark.parametrize("use", ["ensemble", "select"])
+def test_an_error_between_two_batches_leaves_no_worker(use, tmp_path):
+    """Of a loader whose iterator is a generator, which holds the workers itself. One is refused its images, of a wrong
+    size, the other a budget that cannot be kept; both errors hold the frames that hold the loader."""
+    for i in range(12):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    call, side, message = {
+        "ensemble": (fast_ensemble, 8, "16"),
+        "select": (functools.partial(select_prompts, size=1, budget=0.1), 16, "budget"),
+    }[use]
+    loader = make_loader(load_task(tmp_path), (side, side), batch_size=2, workers=1, bad_images="skip")
+    before, vit = _processes(), FrozenViT.from_timm(literal.tiny_vit())
+    with pytest.raises((DataError, OptionError), match=message) as caught:
+        call(torch.zeros(2, 1, 16), loader, backbone=vit)
+    assert _processes() <= before
+    assert caught.value.__traceback__ is not None
+
+
+def test_a_generator_of_the_callers_own_can_be_gone_on_with():
+    batches = (batch for batch in range(3))
+    next(batches)
+    end_workers(batches, iter(batches))
+    assert list(batches) == [1, 2]
 
 
 def test_a_death_that_is_noticed_within_the_network_is_named_as_well(tmp_path, monkeypatch):
