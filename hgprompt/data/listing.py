@@ -19,11 +19,13 @@ from hgprompt.errors import DataError, FileFormatError
 from hgprompt.files import open_regular
 
 MAX_SAMPLES = 4_000_000
-"""Images of a folder; each takes about 450 bytes, of its path."""
+"""Images of a folder; each takes a few hundred bytes, of its path."""
 MAX_CLASSES = 100_000
 MAX_LINE = 10_000
 MAX_LIST_BYTES = 2**30
 _MAX_CLASS_NAME = 1_000
+_MAX_DEPTH = 32  # folders of a path in a list: each takes memory of its own, and more time where it is a link
+_MAX_KNOWN = 10_000  # folders that are remembered to be inside
 _MAX_SPLITS = 100  # text files that are looked at, to say which splits there are
 VTAB_ALIASES = (
     ("cifar", "cifar100"),
@@ -108,6 +110,8 @@ class _Root:
         parent = path.parent
         inside = self._inside.get(parent)
         if inside is None:
+            if len(self._inside) >= _MAX_KNOWN:
+                self._inside.clear()
             inside = self._inside[parent] = self._is_inside(parent)
         return inside and (self._is_inside(path) if path.is_symlink() else True)
 
@@ -139,6 +143,10 @@ def _from_split_file(root: _Root, file: Path) -> ImageTask:
         if not 0 <= label < known:
             where = f"of at most {known}" if class_names is None else f"of {known} in classes.txt"
             raise DataError(f"{file}, line {number}: label {text[:30]} is no class {where}")
+        if not root.follow_links and ".." in name.split("/"):
+            raise DataError(f"{file}, line {number}: {name[:100]!r} has '..' in it, and may so lead out of {folder}")
+        if name.count("/") > _MAX_DEPTH:
+            raise DataError(f"{file}, line {number}: {name[:100]!r} is more than {_MAX_DEPTH} folders deep")
         path = folder / name
         try:
             inside, there = root.holds(path), path.is_file()
