@@ -43,17 +43,37 @@ class Skipped:
         return asdict(self) | {"first": list(self.first)}
 
 
+class BadOnes:
+    """Places of the images that cannot be read, and what is wrong with the first few: of millions, only their places
+    are kept."""
+
+    def __init__(self) -> None:
+        self.places: set[int] = set()
+        self._first: dict[int, str] = {}
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        """What is wrong with those of the lowest places."""
+        return tuple(self._first[place] for place in sorted(self._first))
+
+    def add(self, place: int, wrong: str) -> None:
+        self.places.add(place)
+        self._first[place] = wrong
+        if len(self._first) > _SHOWN:
+            del self._first[max(self._first)]
+
+
 def check_policy(bad_images: str) -> None:
     """Raise OptionError unless this is a policy."""
     if bad_images not in ("stop", "skip"):
         raise OptionError(f"bad_images must be 'stop' or 'skip', got {bad_images!r}")
 
 
-def report_skipped(samples: Sequence[tuple[Path, int]], bad: dict[int, str]) -> Skipped | None:
+def report_skipped(samples: Sequence[tuple[Path, int]], bad: BadOnes) -> Skipped | None:
     """Say what was left out; None where that is nothing.
 
     Args:
-        samples: (file, label) of all images. bad: {place in samples: what was wrong}.
+        samples: (file, label) of all images. bad: those of them that were left out.
 
     Raises:
         DataError: more than MAX_SKIPPED of the images, or all images of a class: that is no task any more.
@@ -61,12 +81,12 @@ def report_skipped(samples: Sequence[tuple[Path, int]], bad: dict[int, str]) -> 
     Warns:
         HGPromptWarning: how many, and the first few with their reasons.
     """
-    if not bad:
+    if not bad.places:
         return None
-    skipped = Skipped(len(bad), len(samples), tuple(bad[i] for i in sorted(bad)[:_SHOWN]))
-    if len(bad) > MAX_SKIPPED * len(samples):
+    skipped = Skipped(len(bad.places), len(samples), bad.first)
+    if skipped.count > MAX_SKIPPED * len(samples):
         raise DataError(f"{skipped}. More than {100 * MAX_SKIPPED:.0f} % cannot be read: this is not the right folder")
-    lost = Counter(samples[i][1] for i in bad)
+    lost = Counter(samples[i][1] for i in bad.places)
     gone = [label for label, count in Counter(label for _, label in samples).items() if lost[label] == count]
     if gone:
         raise DataError(f"{skipped}. No image is left of class {', '.join(map(str, sorted(gone)[:10]))}")
@@ -113,11 +133,12 @@ class ImageLoader(DataLoader[Any]):
         return self._readable(super().__iter__())
 
     def _readable(self, batches: Iterator[Any]) -> Iterator[Any]:
-        found: dict[int, str] = {}
+        found = BadOnes()
         self.skipped = None
         try:
             for images, labels, bad in batches:
-                found |= bad
+                for place, wrong in bad.items():
+                    found.add(place, wrong)
                 if len(labels):
                     yield images, labels
         finally:  # the caller has no way to reach them

@@ -6,6 +6,7 @@ backbone normalises them.
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections import Counter
@@ -20,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hgprompt.data.bad_images import BadImages, ImageLoader, Skipped, check_policy, report_skipped
+from hgprompt.data.bad_images import BadImages, BadOnes, ImageLoader, Skipped, check_policy, report_skipped
 from hgprompt.data.images import LabelledImages
 from hgprompt.data.listing import ImageTask, count_classes
 from hgprompt.data.picture import MAX_PIXELS, read_image
@@ -28,6 +29,7 @@ from hgprompt.errors import DataError, OptionError
 
 WORKER_TIMEOUT = 300.0
 MAX_CACHE_BYTES = 4 * 2**30
+_QUEUE = 4096
 INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -102,7 +104,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         if skipped is None:
             return self
         return ImageDataset(
-            [sample for i, sample in enumerate(self.samples) if i not in bad],
+            [sample for i, sample in enumerate(self.samples) if i not in bad.places],
             self.image_size,
             interpolation=self.interpolation,
             max_pixels=self.max_pixels,
@@ -204,7 +206,7 @@ def _decoded(dataset: ImageDataset, report: Callable[[int, int], None] | None, b
     bad = _read_all(dataset, images, report, stop=bad_images == "stop")
     skipped = report_skipped(dataset.samples, bad)
     if skipped is not None:
-        good = [i for i in range(len(dataset)) if i not in bad]
+        good = [i for i in range(len(dataset)) if i not in bad.places]
         for place, i in enumerate(good):  # in place: a gather would take the memory twice
             images[place] = images[i]
         images, labels = images[: len(good)], labels[good]
@@ -213,8 +215,8 @@ def _decoded(dataset: ImageDataset, report: Callable[[int, int], None] | None, b
 
 def _read_all(
     dataset: ImageDataset, into: Tensor | None, report: Callable[[int, int], None] | None, *, stop: bool = False
-) -> dict[int, str]:
-    """Decode all images, on all cores (decoders run beside each other); what is wrong with those that are bad."""
+) -> BadOnes:
+    """Decode all images, on all cores (decoders run beside each other); which of them are bad."""
 
     def read(i: int) -> str | None:
         try:
@@ -227,14 +229,16 @@ def _read_all(
             into[i] = image
         return None
 
-    bad: dict[int, str] = {}
+    bad, count = BadOnes(), len(dataset)
     with warnings.catch_warnings(), ThreadPoolExecutor(available_cores()) as pool:
         warnings.filterwarnings("ignore", module="PIL")  # of metadata that it cannot read, and we do not need
-        for i, wrong in enumerate(pool.map(read, range(len(dataset)))):
+        # An image that waits for its turn takes 2 kB: so a few thousand wait, and not millions.
+        parts = (range(start, min(start + _QUEUE, count)) for start in range(0, count, _QUEUE))
+        for i, wrong in enumerate(itertools.chain.from_iterable(pool.map(read, part) for part in parts)):
             if wrong is not None:
-                bad[i] = wrong
+                bad.add(i, wrong)
             if report is not None:
-                report(i + 1, len(dataset))
+                report(i + 1, count)
     return bad
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from PIL import Image
 
 from hgprompt.data import ImageDataset, LabelledImages, load_task, make_loader, open_images
+from hgprompt.data.bad_images import BadOnes
+from hgprompt.data.folders import _read_all
 from hgprompt.errors import DataError, HGPromptWarning, OptionError
 
 
@@ -114,6 +117,39 @@ def test_a_long_list_is_cut(tmp_path):
     with pytest.warns(HGPromptWarning, match="and 10 more"):
         images = open_images(task, (4, 4), bad_images="skip")
     assert len(images.skipped.first) == 10
+
+
+def test_of_many_bad_images_little_is_kept_and_few_wait(tmp_path, monkeypatch):
+    """20,000 images that are not there: their places, ten messages, and some 4,096 turns of decoders."""
+    samples = [(tmp_path / "a", 0)] * 20_000
+    waiting, most = set(), 0
+
+    def read(path, max_pixels):
+        raise DataError("x" * 1_000)
+
+    submit = ThreadPoolExecutor.submit
+
+    def counted(self, *args):
+        nonlocal most
+        future = submit(self, *args)
+        waiting.add(future)
+        most = max(most, len(waiting))
+        future.add_done_callback(waiting.discard)
+        return future
+
+    monkeypatch.setattr("hgprompt.data.folders.read_image", read)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", counted)
+    bad = _read_all(ImageDataset(samples, (4, 4)), None, None)
+    assert bad.places == set(range(20_000))
+    assert [len(message) for message in bad.first] == [1_000] * 10
+    assert most <= 5000  # those of a part, and some whose last word is on the way when the next part begins
+
+
+def test_the_first_of_bad_images_are_the_first_of_the_list():
+    bad = BadOnes()
+    for place in torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist():
+        bad.add(place, f"image {place}")
+    assert bad.first == tuple(f"image {i}" for i in range(10))
 
 
 def test_nothing_to_skip_is_nothing_to_report(tmp_path):
