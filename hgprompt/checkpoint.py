@@ -205,7 +205,10 @@ class PassCheckpoint:
             return None
         # It may be as large as memory has room for, for that is where it came from.
         limit = available_bytes(torch.device("cpu")) or MAX_FILE_BYTES
-        tensors, metadata = read_safetensors(self.path, max_bytes=limit, checksum=True)
+        tensors, metadata = read_safetensors(self.path, max_bytes=limit, checksum=True, check=self._is_of_this_pass)
+        return Saved(self.path, tensors, metadata.get("num_gradient_images"))
+
+    def _is_of_this_pass(self, metadata: Mapping[str, Any]) -> None:
         if metadata.get("format") != _FORMAT or metadata.get("version") != _VERSION:
             raise FileFormatError(f"{self.path} is no checkpoint of this version's passes; name another checkpoint_dir")
         identity = metadata.get("identity")
@@ -215,7 +218,6 @@ class PassCheckpoint:
                 f"{self.path} is the checkpoint of another pass (it differs in {changed}): call it as it was, name "
                 "another checkpoint_dir, or delete it to begin again"
             )
-        return Saved(self.path, tensors, metadata.get("num_gradient_images"))
 
 
 def identity_of(

@@ -17,7 +17,7 @@ import os
 import stat
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -175,6 +175,7 @@ def read_safetensors(
     max_bytes: int = MAX_FILE_BYTES,
     max_header_bytes: int = MAX_HEADER_BYTES,
     checksum: bool = False,
+    check: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of a safetensors file.
 
@@ -182,6 +183,8 @@ def read_safetensors(
         path: the file; of any origin.
         max_bytes, max_header_bytes: what the file may hold at most.
         checksum: it must end with that of `write_safetensors`, which finds damage, not forgery.
+        check: called with the metadata when only the header has been read; what it raises goes on. So a file that is
+            not wanted costs no more than its header.
 
     Returns:
         The tensors by name, and what `write_safetensors` took as metadata ({} for files of other programs).
@@ -195,10 +198,12 @@ def read_safetensors(
     with open_regular(path, max_bytes) as file:
         try:
             header, start = _read_header(path, file, max_header_bytes)
-            if checksum:
-                _check_checksum(path, file, header)
-                del header[_CHECKSUM]
             metadata = _metadata(path, header)
+            if check is not None:
+                check(metadata)
+            if checksum:
+                _check_checksum(path, file, header, start)
+                del header[_CHECKSUM]
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             return {name: _read_tensor(path, file, name, entry, start) for name, entry in entries.items()}, metadata
         except OSError as error:
@@ -285,10 +290,10 @@ def _temporary(path: Path) -> str:
     return f".{path.name[:100]}."
 
 
-def _check_checksum(path: Path, file: BinaryIO, header: dict[str, Any]) -> None:
+def _check_checksum(path: Path, file: BinaryIO, header: dict[str, Any], start: int) -> None:
     entry = header.get(_CHECKSUM, {})
     left = os.fstat(file.fileno()).st_size - 32
-    data = left + 32 - file.tell()  # the header has just been read
+    data = left + 32 - start
     if entry != {"dtype": "U8", "shape": [32], "data_offsets": [data - 32, data]}:
         raise FileFormatError(f"{path} does not end with a checksum")
     file.seek(0)
