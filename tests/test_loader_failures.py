@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 import hgprompt.checkpoint
 from hgprompt import FrozenViT, fast_ensemble, select_prompts
 from hgprompt.checkpoint import PassCheckpoint
-from hgprompt.data import load_task, make_loader
+from hgprompt.cli.options import batches
+from hgprompt.data import ImageDataset, load_task, make_loader
 from hgprompt.data.folders import ImageTask
 from hgprompt.errors import DataError, OptionError
 from hgprompt.files import read_safetensors
@@ -126,10 +127,10 @@ def test_an_error_between_two_batches_leaves_no_worker(use, tmp_path):
 
 
 def test_a_generator_of_the_callers_own_can_be_gone_on_with():
-    batches = (batch for batch in range(3))
-    next(batches)
-    end_workers(batches, iter(batches))
-    assert list(batches) == [1, 2]
+    own = (batch for batch in range(3))
+    next(own)
+    end_workers(own, iter(own))
+    assert list(own) == [1, 2]
 
 
 def test_a_death_that_is_noticed_within_the_network_is_named_as_well(tmp_path, monkeypatch):
@@ -171,3 +172,6 @@ def test_our_own_loader_has_a_timeout(tmp_path):
     assert make_loader(task, (8, 8), workers=1).timeout == 300
     assert make_loader(task, (8, 8), workers=1, timeout=7).timeout == 7
     assert make_loader(task, (8, 8)).timeout == 0  # without workers there is nobody to wait for
+    on_disk = ImageDataset(task.samples, (8, 8))
+    for share in ((0, 1), (1, 2)):  # of the command line, alone and under torchrun
+        assert batches(on_disk, 4, seed=0, share=share).timeout == 300

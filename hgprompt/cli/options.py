@@ -266,17 +266,14 @@ def batches(
         if seed is not None:
             images = images.subset(torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)))
         return (images if world == 1 else images.subset(torch.arange(rank, len(images), world))).batches(batch_size)
-    if world > 1:
-        every = torch.arange(len(images))
-        if seed is not None:
-            every = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-        mine = torch.utils.data.Subset(images, every[rank::world].tolist())
-        return torch.utils.data.DataLoader(mine, batch_size, num_workers=max(1, available_cores() // world))
+    workers: dict[str, Any] = {"num_workers": max(1, available_cores() // world), "timeout": WORKER_TIMEOUT}
     order = torch.Generator().manual_seed(seed or 0)
-    return torch.utils.data.DataLoader(
-        images, batch_size, shuffle=seed is not None, generator=order, num_workers=available_cores(),
-        timeout=WORKER_TIMEOUT,
-    )  # fmt: skip
+    if world > 1:
+        every = torch.arange(len(images)) if seed is None else torch.randperm(len(images), generator=order)
+        return torch.utils.data.DataLoader(
+            torch.utils.data.Subset(images, every[rank::world].tolist()), batch_size, **workers
+        )
+    return torch.utils.data.DataLoader(images, batch_size, shuffle=seed is not None, generator=order, **workers)
 
 
 def _render(
