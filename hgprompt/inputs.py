@@ -33,6 +33,12 @@ def resolve(
 ) -> tuple[PromptPool, Tensor, FrozenViT]:
     if dtype is not None and not dtype.is_floating_point:
         raise OptionError(f"dtype must be a floating point dtype, got {dtype}")
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, TypeError) as error:  # no name of a device, or none that is here
+            reason = (str(error).splitlines() or [""])[0]
+            raise OptionError(f"device {device!r} cannot be used: {reason}") from error
     pool = prompts if isinstance(prompts, PromptPool) else PromptPool(prompts)
     if backbone is None:
         if pool.backbone is None:
@@ -56,6 +62,17 @@ def resolve(
     stack = pool.stack()
     check_prompts(vit, stack)
     return pool, stack, vit
+
+
+def gpu_of(device: torch.device | str | None, backbone: nn.Module | str | None) -> torch.device | None:
+    """Where the work will be, as far as the arguments say; what is no device is for `resolve` to refuse."""
+    if device is not None:
+        try:
+            return torch.device(device)
+        except (RuntimeError, TypeError):
+            return None
+    weights = itertools.chain(backbone.parameters(), backbone.buffers()) if isinstance(backbone, nn.Module) else ()
+    return next((tensor.device for tensor in weights), None)
 
 
 def digest(pool: PromptPool) -> str:

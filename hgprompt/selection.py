@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hgprompt.distributed import Ranks, slices
-from hgprompt.encoder import Impl, encode
+from hgprompt.encoder import Impl, MicroBatch, encode
 from hgprompt.errors import DataError, HGPromptWarning, OptionError
 from hgprompt.greedy import (
     Ranking,
@@ -33,7 +33,7 @@ from hgprompt.greedy import (
     mixture_of,
     ranking_by_h_score,
 )
-from hgprompt.inputs import Prompts, digest, images_in, num_batches, read, resolve, same_batches
+from hgprompt.inputs import Prompts, digest, gpu_of, images_in, num_batches, read, resolve, same_batches
 from hgprompt.objective import HScore, Shrinkage, check_shrinkage
 from hgprompt.pool import PromptPool
 from hgprompt.progress import Progress, Reporter
@@ -205,7 +205,7 @@ def select_prompts(
         OptionError: a size beyond the pool, an unknown method, a stream of unknown length. Others as for
         `hgprompt.fast_ensemble`.
     """
-    ranks = Ranks(process_group, None if device is None else torch.device(device))
+    ranks = Ranks(process_group, gpu_of(device, backbone))
     with torch.inference_mode(False), torch.no_grad(), Progress.of(progress) as report:
         with ranks.together("checking the arguments"):
             if method not in ("halving", "greedy", "ranking"):
@@ -220,6 +220,7 @@ def select_prompts(
         stack, total = stack.to(vit.device, vit.dtype), num_batches(loader)
         halving: SuccessiveHalving | None = None
         everything = EnsembleStatistics(keep="features")
+        pairs = MicroBatch(micro_batch)  # one for all batches: what a GPU had no memory for is not tried again
         with contextlib.closing(read(loader, vit)) as own:
             batches = own if ranks.alone else same_batches(own, ranks, _READING)
             for position, (images, labels) in enumerate(batches, start=1):
@@ -237,7 +238,7 @@ def select_prompts(
                     mine = seen[slices(len(seen), ranks.world)[ranks.rank]]
                     features = torch.zeros(0, len(images), vit.width, dtype=vit.dtype, device=vit.device)
                     if len(mine):
-                        features = encode(vit, stack[mine.to(vit.device)], images, micro_batch=micro_batch, impl=impl)
+                        features = encode(vit, stack[mine.to(vit.device)], images, micro_batch=pairs, impl=impl)
                 features = torch.cat(ranks.gather(features))
                 with ranks.together(_READING):
                     if ranks.first and (halving is None or full_evaluation):

@@ -242,7 +242,13 @@ def test_a_first_batch_that_has_shrunk_says_nothing_of_the_others():
 
 def test_bad_options():
     model, prompts = literal.tiny_vit(), torch.randn(4, 2, 16)
-    for options in ({"size": 0}, {"size": 5}, {"size": 2, "method": "magic"}, {"size": 2, "budget": 0.2}):
+    for options in (
+        {"size": 0},
+        {"size": 5},
+        {"size": 2, "device": "gpu"},
+        {"size": 2, "method": "magic"},
+        {"size": 2, "budget": 0.2},
+    ):
         with pytest.raises(OptionError):
             select_prompts(prompts, [(torch.zeros(2, 3, 16, 16), torch.arange(2))], backbone=model, **options)
     with pytest.raises(OptionError, match="num_images"):
