@@ -119,7 +119,11 @@ class ImageLoader(DataLoader[Any]):
     Attributes:
         skipped: what the last pass left out, once it is over; a pass that is given up says nothing.
 
-    A pass raises and warns as `report_skipped` does, at its end. Batches of which nothing is left do not appear.
+    A pass raises and warns as `report_skipped` does, at its end, and knows of its own images only: of loaders that
+    share images over ranks, each judges its share. Batches of which nothing is left do not appear.
+
+    What makes a new DataLoader of this one's parts, as `accelerate.Accelerator.prepare` does, loses what `__iter__`
+    does here: its batches have a third part, what was wrong. Prepare a DataLoader of `ImageDataset.readable()` instead.
     """
 
     def __init__(
