@@ -102,7 +102,7 @@ def _seeds() -> dict[str, list[bytes]]:
             "cell": [Store(place).path(CELL).read_bytes()],
             "image": _images(),
             "list": [
-                b"a.png 0\nsub/b.jpg 1\nsub/../a.png 2\n\0cat\ndog\nbird\n",
+                b"a.png 0\nsub/b.jpg 1\n.//sub/./b.jpg 2\n\0cat\ndog\nbird\n",
                 b"a.png\t0\r\n\r\n" + b"sub/b.jpg 1\n" * 50 + b"\0",
             ],
         }

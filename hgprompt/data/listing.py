@@ -68,7 +68,7 @@ def load_task(folder: str | Path, split: str = "train800val200", *, follow_links
             the places of the sub-folders' names in sorted order. A VTAB-1k task that is not there under this name
             is looked for under its other names (VTAB_ALIASES).
         split: which split file; a folder with sub-folders of images has no splits and ignores it.
-        follow_links: also take files that links lead to outside the folder; only for a folder of your own.
+        follow_links: also take files that links or `..` lead to outside the folder; only for a folder of your own.
 
     Raises:
         DataError: what is wrong, in which file and line.
@@ -144,7 +144,10 @@ def _from_split_file(root: _Root, file: Path) -> ImageTask:
             where = f"of at most {known}" if class_names is None else f"of {known} in classes.txt"
             raise DataError(f"{file}, line {number}: label {text[:30]} is no class {where}")
         if not root.follow_links and ".." in name.split("/"):
-            raise DataError(f"{file}, line {number}: {name[:100]!r} has '..' in it, and may so lead out of {folder}")
+            raise DataError(
+                f"{file}, line {number}: {name[:100]!r} has '..' in it, and may so lead out of {folder}: name files by "
+                "their place in it, or, where the folder is your own, follow links (follow_links=True, --follow-links)"
+            )
         if name.count("/") > _MAX_DEPTH:
             raise DataError(f"{file}, line {number}: {name[:100]!r} is more than {_MAX_DEPTH} folders deep")
         path = folder / name
