@@ -227,12 +227,10 @@ def fast_ensemble(
                 for _ in stream:
                     pass
         else:
-            looked = False
             for labels in stream if by_prompts else ranks.rounds(stream, _READING):
                 if not rule.due(labels):
                     continue
-                found = answer(pull_back=not looked, last=False)
-                looked = looked or gather.has_gradients
+                found = answer(pull_back=not gather.has_gradients, last=False)
                 stopped = known(found)
                 if stopped and fitted and lam > 0:
                     # The sample has grown since its gradients were taken: with new ones the answer must hold too.
@@ -332,10 +330,15 @@ class _Pass:
         self.statistics, self.folds, self.shards = statistics, statistics.folds, shards
         self.gradients: Tensor | None = None  # of this rank [folds, M, p, d], summed over the images of each fold
         self.num_gradient_images = 0
-        self.has_gradients = False
+        self._shared = False  # some rank has had gradients
         self.sample: ImageSample | None = None
         self.rule: StopRule | None = None
         self._whole = True  # all parts are of the same batches
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether any rank has gradients, of this run or of the one that it goes on from."""
+        return self._shared or self.num_gradient_images > 0
 
     @property
     def gradient_bytes(self) -> int:
@@ -468,7 +471,7 @@ class _Pass:
                     gradients = torch.cat(self.ranks.gather(gradients, 1), 1)
                 else:
                     gradients = self.ranks.sum(gradients if last else gradients.clone())
-        self.has_gradients = count > 0
+        self._shared = count > 0
         return gradients if count else None, count
 
     def _encode(self, images: Tensor) -> Tensor:

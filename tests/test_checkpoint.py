@@ -30,6 +30,7 @@ from hgprompt.errors import DataError, FileFormatError, HGPromptError, HGPromptW
 from hgprompt.files import read_safetensors, write_safetensors
 from hgprompt.sample import ImageSample
 from hgprompt.statistics import EnsembleStatistics
+from hgprompt.stopping import StopRule
 
 N, BATCH, C, M, FILE = 90, 6, 3, 3, "pass.safetensors"
 QUICK = {"folds": 3, "starts": 1, "max_steps": 5}
@@ -119,6 +120,26 @@ def test_a_resumed_pass_has_the_bits_of_the_undisturbed_one(kind, tmp_path):
         assert os.listdir(tmp_path) == [FILE]
     _assert_same_bits(_run(batches if sized else iter(batches), tmp_path, **options), expected)
     assert os.listdir(tmp_path) == []
+
+
+def test_looks_after_a_resume_are_those_of_the_undisturbed_pass(tmp_path, monkeypatch):
+    """Gradients of a closed-form head are taken for the first look and stay until a stop: also when a pass has been
+    broken off after that look, and its sample has grown since."""
+    monkeypatch.setattr("hgprompt.stopping.FIRST", 12)
+    looks, look = [], StopRule.look
+
+    def noted(self, weights, without_fold):
+        looks.append((self.num_images, weights.tolist(), without_fold.tolist()))
+        return look(self, weights, without_fold)
+
+    monkeypatch.setattr(StopRule, "look", noted)
+    options = {"tolerance": 1e-9, "seed": 3, "lam": 100.0}
+    expected = _run(_batches(), **options)
+    undisturbed, looks[:] = list(looks), []
+    _interrupt(tmp_path, 6, **options)
+    assert 2 <= len(looks) <= len(undisturbed) - 2
+    _assert_same_bits(_run(_batches(), tmp_path, **options), expected)
+    assert looks == undisturbed
 
 
 def test_the_representation_changes_where_it_is_said_to(monkeypatch):
