@@ -379,6 +379,8 @@ class _Pass:
         total = num_batches(loader)
         report("images", 0, total)
         note = None if checkpoint is None else checkpoint.note
+        # With collectives between them, the parts of a batch are done by all ranks or by none.
+        step: Callable[[str], Any] = self.ranks.together if self.by_prompts else contextlib.nullcontext
         with contextlib.closing(read(loader, self.vit, note)) as own:
             batches: Iterator[tuple[Tensor, Tensor]] = own
             if self.by_prompts:
@@ -389,21 +391,23 @@ class _Pass:
                 if checkpoint is not None and checkpoint.skip(images, labels, self):
                     report("images", done, total)
                     continue
-                if loss is None:
-                    features = self._encode(images)
-                    self._whole = False
-                else:
-                    self._whole = False
-                    features = self._forward_backward(images, labels, loss)
+                with step(_READING):
+                    if loss is None:
+                        features = self._encode(images)
+                        self._whole = False
+                    else:
+                        self._whole = False
+                        features = self._forward_backward(images, labels, loss)
                 if self.by_prompts:
                     features = torch.cat(self.ranks.gather(features))
-                self.statistics.update(features, labels)
-                if self.sample is not None:
-                    self.sample.update(images, labels, features)
-                if checkpoint is not None:
-                    checkpoint.done()
+                with step(_READING):
+                    self.statistics.update(features, labels)
+                    if self.sample is not None:
+                        self.sample.update(images, labels, features)
+                    if checkpoint is not None:
+                        checkpoint.done()
+                    report("images", done, total)
                 self._whole = True
-                report("images", done, total)
                 yield labels
                 if checkpoint is not None and checkpoint.due(self):
                     checkpoint.write(self)

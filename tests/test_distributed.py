@@ -151,7 +151,7 @@ def _told(function):
     """The error that a call ends with."""
     try:
         function()
-    except HGPromptError as error:
+    except (HGPromptError, RuntimeError) as error:
         return type(error).__name__, str(error)
     return None
 
@@ -159,6 +159,15 @@ def _told(function):
 def _failing(batches):
     yield batches[0]
     raise OSError("the disk is gone")
+
+
+def _failing_report(stage, done, total):
+    if done:
+        raise RuntimeError("the screen is gone")
+
+
+def _failing_head(features):
+    raise RuntimeError("the head is off")
 
 
 def _goes_wrong(rank):
@@ -183,6 +192,9 @@ def _goes_wrong(rank):
         "loader": call(_failing(batches) if bad else batches),
         "loader, prompts": call(_failing(batches) if bad else batches, **at),
         "loader, looking": call(_failing(batches) if bad else batches, tolerance=0.1),
+        "head, prompts": call(head=_failing_head if bad else _head, **at),
+        "head, looking": call(head=_failing_head if bad else _head, tolerance=0.1, **at),
+        "report, prompts": call(progress=_failing_report if bad else False, **at),
         "batches differ": call(batches[::-1] if bad else batches, **at),
         "fewer batches": call(batches[:-1] if bad else batches, **at),
         "no images": call([]),
@@ -288,6 +300,9 @@ def test_ranks_select_what_one_process_selects(together):
         ("loader", "DataError", r"rank 2 of 4 failed while reading the images: DataError: .*the disk is gone"),
         ("loader, prompts", "DataError", r"rank 2 of 4 failed .*the disk is gone"),
         ("loader, looking", "DataError", r"rank 2 of 4 failed .*the disk is gone"),
+        ("head, prompts", "RuntimeError", r"rank 2 of 4 failed while reading the images: RuntimeError: the head is off"),
+        ("head, looking", "RuntimeError", r"rank 2 of 4 failed while reading the images: RuntimeError: the head is off"),
+        ("report, prompts", "RuntimeError", r"rank 2 of 4 failed while reading the images: .*the screen is gone"),
         ("batches differ", "DistributedError", r"batch 0 of rank 2 is not that of rank 0"),
         ("fewer batches", "DistributedError", r"batch 8 of rank 2 is not that of rank 0"),
     ],
