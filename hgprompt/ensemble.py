@@ -160,6 +160,7 @@ def fast_ensemble(
         if not ranks.alone:
             network = f"{vit.name} {vit.image_size} {vit.fingerprint}"
             more = {"lam": lam, "max_steps": max_steps, "learning_rate": learning_rate, "shard": shard, "keep": keep}
+            more |= {"checkpoint_dir": checkpoint_dir is not None}  # each may name a folder of its own
             ranks.agree({"prompts": digest(pool), "backbone": network} | more | settings)
         by_prompts = shard == "prompts" and not ranks.alone
         place = (0, 1) if by_prompts else (ranks.rank, ranks.world)
@@ -172,17 +173,17 @@ def fast_ensemble(
         )  # fmt: skip
 
         checkpoint: PassCheckpoint | None = None
-        if checkpoint_dir is not None:
-            counts: dict[str, Any] = {
-                "folds": folds, "keep": keep, "gradient_images": gradient_images, "seed": seed, "impl": impl,
-                "micro_batch": micro_batch, "tolerance": tolerance, "batches of the loader": num_batches(loader),
-            }  # fmt: skip
-            if rule is not None:  # where the stream ends hangs on the weights
-                counts |= {
-                    "lam": lam, "shrinkage": shrinkage, "normalize": normalize, "solver": solver, "starts": starts,
-                    "gap_tolerance": gap_tolerance, "max_steps": max_steps, "learning_rate": learning_rate,
+        with ranks.together("opening the checkpoints"):
+            if checkpoint_dir is not None:
+                counts: dict[str, Any] = {
+                    "folds": folds, "keep": keep, "gradient_images": gradient_images, "seed": seed, "impl": impl,
+                    "micro_batch": micro_batch, "tolerance": tolerance, "batches of the loader": num_batches(loader),
                 }  # fmt: skip
-            with ranks.together("opening the checkpoints"):
+                if rule is not None:  # where the stream ends hangs on the weights
+                    counts |= {
+                        "lam": lam, "shrinkage": shrinkage, "normalize": normalize, "solver": solver, "starts": starts,
+                        "gap_tolerance": gap_tolerance, "max_steps": max_steps, "learning_rate": learning_rate,
+                    }  # fmt: skip
                 checkpoint = PassCheckpoint(
                     checkpoint_dir, identity_of(names, stack, vit, head, counts), every=checkpoint_every,
                     rank=ranks.rank, num_ranks=ranks.world,
@@ -200,9 +201,9 @@ def fast_ensemble(
             if fitted and gradient_images != 0 and pull_back:
                 gather.pull_back_sample(head, statistics, sample, report)  # type: ignore[arg-type]
             gradients, count = gather.gradients_of_all(last)
-            if last:
-                report("weights", 0, None)
             with ranks.together("solving for the weights"):
+                if last:
+                    report("weights", 0, None)
                 if not ranks.first:
                     return None
                 total, fold_grams = _grams(gradients, names)
@@ -376,11 +377,12 @@ class _Pass:
         loss: Callable[[Tensor, Tensor, slice], Tensor] | None,
         checkpoint: PassCheckpoint | None,
     ) -> Iterator[Tensor]:
-        total = num_batches(loader)
-        report("images", 0, total)
-        note = None if checkpoint is None else checkpoint.note
         # With collectives between them, the parts of a batch are done by all ranks or by none.
         step: Callable[[str], Any] = self.ranks.together if self.by_prompts else contextlib.nullcontext
+        with step(_READING):
+            total = num_batches(loader)
+            report("images", 0, total)
+        note = None if checkpoint is None else checkpoint.note
         with contextlib.closing(read(loader, self.vit, note)) as own:
             batches: Iterator[tuple[Tensor, Tensor]] = own
             if self.by_prompts:
@@ -428,8 +430,8 @@ class _Pass:
             logits, targets = held_out_logits(heads, [f for _, _, f in parts], [y for _, y, _ in parts])
         if not self.by_prompts:
             logits, targets = torch.cat(self.ranks.gather(logits, 1), 1), torch.cat(self.ranks.gather(targets))
-        report("gradients", 0, self.folds)
         with self.ranks.together(stage):
+            report("gradients", 0, self.folds)
             heads = [one.sharpened(inverse_temperatures(logits, targets)) for one in heads]
             for k, (images, labels, _) in enumerate(parts):
                 if len(images):

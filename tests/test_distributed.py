@@ -7,6 +7,7 @@ import datetime
 import os
 import re
 import signal
+import tempfile
 import time
 
 import literal
@@ -189,6 +190,7 @@ def _goes_wrong(rank):
             )
         ),
         "option": call(folds=-1 if bad else 8),
+        "checkpoint": call(checkpoint_dir=tempfile.mkdtemp() if bad else None),
         "loader": call(_failing(batches) if bad else batches),
         "loader, prompts": call(_failing(batches) if bad else batches, **at),
         "loader, looking": call(_failing(batches) if bad else batches, tolerance=0.1),
@@ -296,12 +298,21 @@ def test_ranks_select_what_one_process_selects(together):
         ("lam", "DistributedError", r"rank 0 and rank 2 were not called alike \(lam: 1.0 and 0.5\)"),
         ("prompts", "DistributedError", r"rank 0 and rank 2 .*prompts: '"),
         ("backbone", "DistributedError", r"rank 0 and rank 2 .*backbone: '"),
+        ("checkpoint", "DistributedError", r"rank 0 and rank 2 were not called alike \(checkpoint_dir: False and True"),
         ("option", "OptionError", r"rank 2 of 4 failed while checking the arguments: OptionError: folds must"),
         ("loader", "DataError", r"rank 2 of 4 failed while reading the images: DataError: .*the disk is gone"),
         ("loader, prompts", "DataError", r"rank 2 of 4 failed .*the disk is gone"),
         ("loader, looking", "DataError", r"rank 2 of 4 failed .*the disk is gone"),
-        ("head, prompts", "RuntimeError", r"rank 2 of 4 failed while reading the images: RuntimeError: the head is off"),
-        ("head, looking", "RuntimeError", r"rank 2 of 4 failed while reading the images: RuntimeError: the head is off"),
+        (
+            "head, prompts",
+            "RuntimeError",
+            r"rank 2 of 4 failed while reading the images: RuntimeError: the head is off",
+        ),
+        (
+            "head, looking",
+            "RuntimeError",
+            r"rank 2 of 4 failed while reading the images: RuntimeError: the head is off",
+        ),
         ("report, prompts", "RuntimeError", r"rank 2 of 4 failed while reading the images: .*the screen is gone"),
         ("batches differ", "DistributedError", r"batch 0 of rank 2 is not that of rank 0"),
         ("fewer batches", "DistributedError", r"batch 8 of rank 2 is not that of rank 0"),
