@@ -117,6 +117,7 @@ def fast_ensemble(
             after an interruption goes on from there, to the same bits; it reads the loader from the start again, which
             must give the same batches. The file is gone when there is a result. Every rank keeps its own.
         checkpoint_every: seconds between two checkpoints, at least; more where they would take over 5 % of the time.
+            At the end of the stream there is one in any case.
 
     Returns:
         The weights, the mixed prompt, and why: see EnsembleResult.
@@ -357,7 +358,7 @@ class _Pass:
     ) -> Iterator[Tensor]:
         """Read the loader once, and yield the labels of each batch when it is done. With a loss, each batch goes
         forward and backward at once. With a checkpoint, batches that it knows are passed over, and what is done is kept
-        when it is time, when the stream ends, and when it breaks off."""
+        when it is time, when the stream ends, and when it breaks off; not when the work between two batches does."""
         self.sample, self.rule = sample, rule
         try:
             yield from self._stream(loader, report, loss, checkpoint)
