@@ -246,47 +246,20 @@ def fast_ensemble(
         mixed = torch.tensordot(weights, stack.to("cpu", torch.float64), dims=1).to(stack.dtype)
         intensity = ranks.decided(None if found is None else found.solution.diagnostics.intensity)
         sample_h, sample_h_mixed = gather.mixing_gap(sample, weights, mixed, intensity)
+        with ranks.together("making the result"):
+            result = None
+            if found is not None:
+                result = _result(
+                    found, names=names, mixed=mixed, lam=lam, settings=settings, vit=vit,
+                    sample_h_scores=(sample_h, sample_h_mixed), reached=rule.error if rule and stopped else None,
+                    kept_bytes=gather.statistics.nbytes + sample.nbytes + gather.gradient_bytes,
+                )  # fmt: skip
+            parts: tuple[Any, ...] = (None,) if result is None else result.to_parts()
         ranks.stage = "handing out the result"
-        if found is None:
-            received = _received(ranks)
-            if checkpoint is not None:
-                checkpoint.remove()
-            return received
-    problem, (weights, diagnostics), without_fold, total, num_gradient_images = found
-    covariance = problem.source_covariance
-    nan = torch.full((len(names), len(names)), math.nan, dtype=torch.float64)
-    result = EnsembleResult(
-        weights=weights,
-        names=names,
-        prompt=mixed,
-        h_score=diagnostics.h_score,
-        alignment_loss=diagnostics.alignment_loss,
-        objective=diagnostics.objective,
-        gap=diagnostics.gap,
-        converged=diagnostics.converged,
-        h_score_std=problem.h_score_std(weights),
-        source_h_scores=diagnostics.source_h_scores,
-        source_h_score_std=covariance.diagonal().sqrt(),
-        source_rank_std=rank_std(diagnostics.source_h_scores, covariance),
-        uniform_h_score=diagnostics.uniform_h_score,
-        gradient_cosines=nan if total is None else total,
-        weight_std=jackknife_std(without_fold),
-        weight_error=rule.error if rule is not None and stopped else weight_error(without_fold),
-        stop_reason="tolerance reached" if stopped else "end of data",
-        n_images=problem.statistics.num_images,
-        n_classes=len(problem.statistics.classes),
-        n_gradient_images=num_gradient_images,
-        sample_h_score=sample_h,
-        sample_h_score_mixed_prompt=sample_h_mixed,
-        shrinkage_intensity=diagnostics.intensity,
-        kept_bytes=gather.statistics.nbytes + sample.nbytes + gather.gradient_bytes,
-        classes=problem.statistics.classes,
-        lam=float(lam),
-        settings=settings,
-        backbone=vit.info,
-    )
-    if not ranks.alone:
-        ranks.broadcast(*result.to_parts())
+        if not ranks.alone:
+            received = ranks.broadcast(*parts)
+            result = EnsembleResult.from_parts(*received) if result is None else result
+    assert result is not None
     if checkpoint is not None:
         checkpoint.remove()
     return result
@@ -300,6 +273,54 @@ class _Answer(NamedTuple):
     without_fold: Tensor
     gram: Tensor | None
     num_gradient_images: int
+
+
+def _result(
+    found: _Answer,
+    *,
+    names: Sequence[str],
+    mixed: Tensor,
+    lam: float,
+    settings: dict[str, Any],
+    vit: FrozenViT,
+    sample_h_scores: tuple[float, float],
+    reached: float | None,
+    kept_bytes: int,
+) -> EnsembleResult:
+    """The first rank's result. reached: the bound on the error that ended the stream; None: it came to its end."""
+    problem, (weights, diagnostics), without_fold, gram, num_gradient_images = found
+    covariance = problem.source_covariance
+    nan = torch.full((len(names), len(names)), math.nan, dtype=torch.float64)
+    return EnsembleResult(
+        weights=weights,
+        names=tuple(names),
+        prompt=mixed,
+        h_score=diagnostics.h_score,
+        alignment_loss=diagnostics.alignment_loss,
+        objective=diagnostics.objective,
+        gap=diagnostics.gap,
+        converged=diagnostics.converged,
+        h_score_std=problem.h_score_std(weights),
+        source_h_scores=diagnostics.source_h_scores,
+        source_h_score_std=covariance.diagonal().sqrt(),
+        source_rank_std=rank_std(diagnostics.source_h_scores, covariance),
+        uniform_h_score=diagnostics.uniform_h_score,
+        gradient_cosines=nan if gram is None else gram,
+        weight_std=jackknife_std(without_fold),
+        weight_error=weight_error(without_fold) if reached is None else reached,
+        stop_reason="end of data" if reached is None else "tolerance reached",
+        n_images=problem.statistics.num_images,
+        n_classes=len(problem.statistics.classes),
+        n_gradient_images=num_gradient_images,
+        sample_h_score=sample_h_scores[0],
+        sample_h_score_mixed_prompt=sample_h_scores[1],
+        shrinkage_intensity=diagnostics.intensity,
+        kept_bytes=kept_bytes,
+        classes=problem.statistics.classes,
+        lam=float(lam),
+        settings=settings,
+        backbone=vit.info,
+    )
 
 
 class _Pass:
@@ -575,11 +596,6 @@ def _grams(gradients: Tensor | None, names: Sequence[str]) -> tuple[Tensor | Non
             stacklevel=3,
         )
     return gram, list(without_fold)
-
-
-def _received(ranks: Ranks) -> EnsembleResult:
-    """The first rank's result."""
-    return EnsembleResult.from_parts(*ranks.broadcast(None))
 
 
 def _gpu_of(device: torch.device | str | None, backbone: nn.Module | str | None) -> torch.device | None:
