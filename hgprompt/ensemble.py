@@ -462,6 +462,8 @@ class _Pass:
 
     def mixing_gap(self, sample: ImageSample, weights: Tensor, mixed: Tensor, intensity: float) -> tuple[float, float]:
         """H of the mixed features and of the mixed prompt's features, both on the gradient sample."""
+        if not self.by_prompts:
+            sample.share(self.ranks)  # of all images read, also where gradients were taken of fewer
         with self.ranks.together("judging the mixed prompt"):
             images, labels, features = sample.all()
             blend = under_mixture = torch.zeros(0, self.vit.width, dtype=torch.float64)

@@ -132,7 +132,13 @@ def _stops_early(rank):
     # Rank 2 has no more after its first batch: the others go on looking, together.
     mine = slice(2, 22, WORLD) if rank == 2 else mine
     uneven = fast_ensemble(prompts, _batches(images[mine], labels[mine]), **options)
-    return [_weights_and_bytes(r) for r in (result, by_prompts, uneven)], [r.n_images for r in (result, uneven)]
+    mine = slice(rank, None, WORLD)
+    by_h = fast_ensemble(prompts, _batches(images[mine], labels[mine]), lam=0.0, gradient_images=32, **options)
+    return (
+        [_weights_and_bytes(r) for r in (result, by_prompts, uneven)],
+        [r.n_images for r in (result, uneven)],
+        (by_h.n_images, by_h.sample_h_score, by_h.sample_h_score_mixed_prompt),
+    )
 
 
 def _selects(rank):
@@ -270,7 +276,12 @@ def test_ranks_stop_early_together(together):
     options = {"backbone": model, "tolerance": 2.0, "folds": 4}
     alone = fast_ensemble(prompts, _batches(images, labels, 20), **options)
     assert alone.n_images < 640
-    for results, counts in (answers[0] for answers in together):
+    by_h = fast_ensemble(prompts, _batches(images, labels, 20), lam=0.0, gradient_images=32, **options)
+    assert by_h.n_images > 64, "the sample of the first look is compared with itself"
+    for results, counts, (n_images, *h_scores) in (answers[0] for answers in together):
+        assert n_images == by_h.n_images
+        # H of float32 features of the same 32 images, under weights that agree to 1e-6.
+        assert h_scores == pytest.approx([by_h.sample_h_score, by_h.sample_h_score_mixed_prompt], rel=1e-4)
         assert [bits for _, bits in results] == [bits for _, bits in together[0][0][0]]
         # Rounds of 4 x 5 images are batches of 20 of the same stream.
         assert counts[0] == alone.n_images
