@@ -11,7 +11,7 @@ import itertools
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -224,22 +224,23 @@ def fast_ensemble(
         stopped, found = False, None
         loss = None if fitted else given_loss(head, len(stack))
         stream = gather.stream(loader, report, sample=sample, loss=loss, rule=rule, checkpoint=checkpoint)
-        if rule is None:
-            with ranks.together(_READING):
-                for _ in stream:
-                    pass
-        else:
-            for labels in stream if by_prompts else ranks.rounds(stream, _READING):
-                if not rule.due(labels):
-                    continue
-                found = answer(pull_back=not gather.has_gradients, last=False)
-                stopped = known(found)
-                if stopped and fitted and lam > 0:
-                    # The sample has grown since its gradients were taken: with new ones the answer must hold too.
-                    found = answer(pull_back=True, last=False)
+        with contextlib.closing(stream):  # the loader's workers end with the reading
+            if rule is None:
+                with ranks.together(_READING):
+                    for _ in stream:
+                        pass
+            else:
+                for labels in stream if by_prompts else ranks.rounds(stream, _READING):
+                    if not rule.due(labels):
+                        continue
+                    found = answer(pull_back=not gather.has_gradients, last=False)
                     stopped = known(found)
-                if stopped:
-                    break
+                    if stopped and fitted and lam > 0:
+                        # The sample has grown since its gradients were taken: with new ones the answer must hold too.
+                        found = answer(pull_back=True, last=False)
+                        stopped = known(found)
+                    if stopped:
+                        break
         if not stopped:
             found = answer(pull_back=True)
         weights = ranks.broadcast(None if found is None else {"weights": found.solution.weights})[0]["weights"]
@@ -376,7 +377,7 @@ class _Pass:
         loss: Callable[[Tensor, Tensor, slice], Tensor] | None = None,
         rule: StopRule | None = None,
         checkpoint: PassCheckpoint | None = None,
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor, None, None]:
         """Read the loader once, and yield the labels of each batch when it is done. With a loss, each batch goes
         forward and backward at once. With a checkpoint, batches that it knows are passed over, and what is done is kept
         when it is time, when the stream ends, and when it breaks off; not when the work between two batches does."""
