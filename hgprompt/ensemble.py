@@ -125,11 +125,11 @@ def fast_ensemble(
     Raises:
         PromptError: prompts that do not fit together or the backbone, or that make features constant. DataError:
         images or labels that cannot be used, or a loader that failed (with its own exception as the cause).
-        BackboneError, OptionError: a backbone or an argument that cannot be used. DistributedError: ranks that were
-        called differently, or another rank that failed, died or did not come within the group's timeout.
-        FileFormatError, OptionError, DataError: a checkpoint that is damaged, or of another pass or other data. Without
-        checkpoint_dir nothing is
-        written anywhere.
+        BackboneError, OptionError: a backbone or an argument that cannot be used. StatisticsError: no room for the
+        statistics, with what they would take. DeviceMemoryError: no room on a GPU for one image under one prompt.
+        DistributedError: ranks that were called differently, or another rank that failed, died or did not come within
+        the group's timeout. FileFormatError, OptionError, DataError: a checkpoint that is damaged, or of another pass
+        or other data. OutputError: a checkpoint_dir that cannot be written to; without one nothing is written anywhere.
     """
     if preset == "paper":
         shrinkage, normalize, starts, gradient_images = 0.0, False, 1, None
@@ -141,11 +141,16 @@ def fast_ensemble(
     # What is made inside inference mode passes no gradient, so a caller's inference mode is suspended.
     with torch.inference_mode(False), Progress.of(progress) as report:
         with ranks.together("checking the arguments"):
-            check_options(lam=lam, shrinkage=shrinkage, solver=solver, starts=starts)
-            _check_options(lam, gradient_images, folds, head, shard)
+            check_options(
+                lam=lam, shrinkage=shrinkage, solver=solver, starts=starts, tolerance=gap_tolerance,
+                max_steps=max_steps, learning_rate=learning_rate,
+            )  # fmt: skip
+            _check_options(lam, gradient_images, folds, head, shard, micro_batch)
+            _check_device(device)
             rule = None if tolerance is None else StopRule(tolerance, folds)
             pool, stack, vit = resolve(prompts, backbone, device, dtype)
             operations.select(vit, impl)
+            loss = None if fitted else given_loss(head, len(stack))
             if checkpoint_dir is not None and not ranks.alone and (rule is not None or shard == "prompts"):
                 raise OptionError(
                     "checkpoint_dir over a process_group takes shard='images' and no tolerance: else ranks go batch by "
@@ -222,7 +227,6 @@ def fast_ensemble(
             return bool(ranks.decided(enough))
 
         stopped, found = False, None
-        loss = None if fitted else given_loss(head, len(stack))
         stream = gather.stream(loader, report, sample=sample, loss=loss, rule=rule, checkpoint=checkpoint)
         with contextlib.closing(stream):  # the loader's workers end with the reading
             if rule is None:
@@ -483,6 +487,8 @@ class _Pass:
         """Statistics of all ranks' images; before the last time, as a copy."""
         if self.ranks.alone or self.by_prompts:
             return self.statistics
+        if not any(self.ranks.gather_json(self.statistics.num_images)):
+            raise DataError("the loaders of all ranks gave no images")
         if not last:
             return self.statistics.reduced(self.ranks)
         self.statistics.all_reduce(self.ranks)
@@ -547,7 +553,9 @@ class _Pass:
         return torch.zeros(self.folds, *self.prompts.shape, dtype=precise, device=self.vit.device)
 
 
-def _check_options(lam: float, gradient_images: int | None, folds: int, head: Head, shard: str) -> None:
+def _check_options(
+    lam: float, gradient_images: int | None, folds: int, head: Head, shard: str, micro_batch: int | None
+) -> None:
     if shard not in ("images", "prompts"):
         raise OptionError(f"shard must be 'images' or 'prompts', got {shard!r}")
     if folds < 1:
@@ -558,6 +566,17 @@ def _check_options(lam: float, gradient_images: int | None, folds: int, head: He
         raise OptionError(f"gradient_images must be at least 0, got {gradient_images}")
     if gradient_images == 0 and lam > 0 and isinstance(head, str):
         raise OptionError("gradient_images=0 leaves nothing to align: set lam=0 as well, or let it have images")
+    if micro_batch is not None and micro_batch < 1:
+        raise OptionError(f"micro_batch must be at least 1, got {micro_batch}")
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    """OptionError where there is no such device here."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise OptionError(f"device must be one that PyTorch finds here, got {device!r} ({reason})") from error
 
 
 def _check_problem(statistics: EnsembleStatistics) -> None:
@@ -604,6 +623,8 @@ def _grams(gradients: Tensor | None, names: Sequence[str]) -> tuple[Tensor | Non
 def _gpu_of(device: torch.device | str | None, backbone: nn.Module | str | None) -> torch.device | None:
     """Where the work will be, as far as the arguments say."""
     if device is not None:
-        return torch.device(device)
+        with contextlib.suppress(RuntimeError, TypeError):  # what is none is refused among the other arguments
+            return torch.device(device)
+        return None
     weights = itertools.chain(backbone.parameters(), backbone.buffers()) if isinstance(backbone, nn.Module) else ()
     return next((tensor.device for tensor in weights), None)

@@ -339,7 +339,7 @@ def test_an_error_of_one_rank_is_told_on_all(together, case, own, message):
 
 def test_an_error_of_all_is_told_on_all(together):
     for rank, (_, _, told, *_) in enumerate(together):
-        assert told["no images"] == ("StatisticsError", "no rank has seen an image")
+        assert told["no images"] == ("DataError", "the loaders of all ranks gave no images")
         assert told["one class"][0] == "DataError"
         # Only the first rank solves.
         assert told["solve"][0] == ("PromptError" if rank == 0 else "DistributedError")

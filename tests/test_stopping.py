@@ -121,8 +121,8 @@ def test_a_stream_is_read_until_alpha_is_known(lam):
     torch.testing.assert_close(again.weights, result.weights)
 
 
-class _Loader:
-    """Batches, from an iterator with workers to end, as a DataLoader's is."""
+class _WithWorkers:
+    """An iterator with workers to end, as a DataLoader's is."""
 
     def __init__(self, batches, events):
         self.batches, self.events = batches, events
@@ -137,9 +137,12 @@ class _Loader:
         self.events.append("workers ended")
 
 
-class _Own(_Loader):
+class _Loader:
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
     def __iter__(self):
-        return _Loader(self.batches, self.events)
+        return _WithWorkers(*self.arguments)
 
 
 def test_the_loaders_workers_end_where_the_stream_stops(monkeypatch):
@@ -151,7 +154,7 @@ def test_the_loaders_workers_end_where_the_stream_stops(monkeypatch):
 
     monkeypatch.setattr(hgprompt.ensemble._Pass, "mixing_gap", noted)
     prompts = torch.randn(3, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    loader, options = _Own(_endless(0, 4000), events), {"lam": 0.0, "tolerance": 0.3, "gradient_images": 64}
+    loader, options = _Loader(_endless(0, 4000), events), {"lam": 0.0, "tolerance": 0.3, "gradient_images": 64}
     result = fast_ensemble(prompts, loader, backbone=literal.tiny_vit().double(), **options)
     assert result.stop_reason == "tolerance reached"
     assert events == ["workers ended", "the mixed prompt"]
