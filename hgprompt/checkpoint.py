@@ -53,7 +53,8 @@ class PassCheckpoint:
     Args:
         directory: made where it is missing; for one pass alone.
         identity: what makes two passes one and the same, JSON-able (`identity_of`).
-        every: seconds between two checkpoints, at least; more where writing takes more than SHARE of the time.
+        every: seconds between two checkpoints, at least; more where writing takes more than SHARE of the time. At the
+            end of the stream one is written in any case.
         rank, num_ranks: of a process group. Ranks keep files of their own, and write them when they like.
         clock: seconds, for tests.
 
@@ -143,8 +144,7 @@ class PassCheckpoint:
         self._seconds_per_byte = (self._last - begin) / size_of(gathering)
 
     def end_of_stream(self, gathering: Gathering) -> None:
-        """The last checkpoint, if it is worth its time: what comes after the stream may then fail without costing the
-        pass.
+        """The last checkpoint, at any price: what comes after the stream may then fail without costing the pass.
 
         Raises:
             DataError: batches that the file knows have not come.
@@ -154,8 +154,7 @@ class PassCheckpoint:
                 f"the loader ended after {len(self._records) // RECORD} batches; {self.path} was written after "
                 f"{len(self._saved.batches)}: give all the data that it was written for, or delete it to begin again"
             )
-        if self._is_paid_for(gathering):
-            self.write(gathering)
+        self.write(gathering)
 
     def rescue(self, gathering: Gathering, *, whole: bool) -> str:
         """Keep what was done before a stream failed; what can be added to the failure's message: where it is.

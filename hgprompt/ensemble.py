@@ -11,7 +11,7 @@ import itertools
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -117,6 +117,7 @@ def fast_ensemble(
             after an interruption goes on from there, to the same bits; it reads the loader from the start again, which
             must give the same batches. The file is gone when there is a result. Every rank keeps its own.
         checkpoint_every: seconds between two checkpoints, at least; more where they would take over 5 % of the time.
+            At the end of the stream there is one in any case.
 
     Returns:
         The weights, the mixed prompt, and why: see EnsembleResult.
@@ -124,11 +125,11 @@ def fast_ensemble(
     Raises:
         PromptError: prompts that do not fit together or the backbone, or that make features constant. DataError:
         images or labels that cannot be used, or a loader that failed (with its own exception as the cause).
-        BackboneError, OptionError: a backbone or an argument that cannot be used. DistributedError: ranks that were
-        called differently, or another rank that failed, died or did not come within the group's timeout.
-        FileFormatError, OptionError, DataError: a checkpoint that is damaged, or of another pass or other data. Without
-        checkpoint_dir nothing is
-        written anywhere.
+        BackboneError, OptionError: a backbone or an argument that cannot be used. StatisticsError: no room for the
+        statistics, with what they would take. DeviceMemoryError: no room on a GPU for one image under one prompt.
+        DistributedError: ranks that were called differently, or another rank that failed, died or did not come within
+        the group's timeout. FileFormatError, OptionError, DataError: a checkpoint that is damaged, or of another pass
+        or other data. OutputError: a checkpoint_dir that cannot be written to; without one nothing is written anywhere.
     """
     if preset == "paper":
         shrinkage, normalize, starts, gradient_images = 0.0, False, 1, None
@@ -140,11 +141,16 @@ def fast_ensemble(
     # What is made inside inference mode passes no gradient, so a caller's inference mode is suspended.
     with torch.inference_mode(False), Progress.of(progress) as report:
         with ranks.together("checking the arguments"):
-            check_options(lam=lam, shrinkage=shrinkage, solver=solver, starts=starts)
-            _check_options(lam, gradient_images, folds, head, shard)
+            check_options(
+                lam=lam, shrinkage=shrinkage, solver=solver, starts=starts, tolerance=gap_tolerance,
+                max_steps=max_steps, learning_rate=learning_rate,
+            )  # fmt: skip
+            _check_options(lam, gradient_images, folds, head, shard, micro_batch)
+            _check_device(device)
             rule = None if tolerance is None else StopRule(tolerance, folds)
             pool, stack, vit = resolve(prompts, backbone, device, dtype)
             operations.select(vit, impl)
+            loss = None if fitted else given_loss(head, len(stack))
             if checkpoint_dir is not None and not ranks.alone and (rule is not None or shard == "prompts"):
                 raise OptionError(
                     "checkpoint_dir over a process_group takes shard='images' and no tolerance: else ranks go batch by "
@@ -160,6 +166,7 @@ def fast_ensemble(
         if not ranks.alone:
             network = f"{vit.name} {vit.image_size} {vit.fingerprint}"
             more = {"lam": lam, "max_steps": max_steps, "learning_rate": learning_rate, "shard": shard, "keep": keep}
+            more |= {"checkpoint_dir": checkpoint_dir is not None}  # each may name a folder of its own
             ranks.agree({"prompts": digest(pool), "backbone": network} | more | settings)
         by_prompts = shard == "prompts" and not ranks.alone
         place = (0, 1) if by_prompts else (ranks.rank, ranks.world)
@@ -172,17 +179,17 @@ def fast_ensemble(
         )  # fmt: skip
 
         checkpoint: PassCheckpoint | None = None
-        if checkpoint_dir is not None:
-            counts: dict[str, Any] = {
-                "folds": folds, "keep": keep, "gradient_images": gradient_images, "seed": seed, "impl": impl,
-                "micro_batch": micro_batch, "tolerance": tolerance, "batches of the loader": num_batches(loader),
-            }  # fmt: skip
-            if rule is not None:  # where the stream ends hangs on the weights
-                counts |= {
-                    "lam": lam, "shrinkage": shrinkage, "normalize": normalize, "solver": solver, "starts": starts,
-                    "gap_tolerance": gap_tolerance, "max_steps": max_steps, "learning_rate": learning_rate,
+        with ranks.together("opening the checkpoints"):
+            if checkpoint_dir is not None:
+                counts: dict[str, Any] = {
+                    "folds": folds, "keep": keep, "gradient_images": gradient_images, "seed": seed, "impl": impl,
+                    "micro_batch": micro_batch, "tolerance": tolerance, "batches of the loader": num_batches(loader),
                 }  # fmt: skip
-            with ranks.together("opening the checkpoints"):
+                if rule is not None:  # where the stream ends hangs on the weights
+                    counts |= {
+                        "lam": lam, "shrinkage": shrinkage, "normalize": normalize, "solver": solver, "starts": starts,
+                        "gap_tolerance": gap_tolerance, "max_steps": max_steps, "learning_rate": learning_rate,
+                    }  # fmt: skip
                 checkpoint = PassCheckpoint(
                     checkpoint_dir, identity_of(names, stack, vit, head, counts), every=checkpoint_every,
                     rank=ranks.rank, num_ranks=ranks.world,
@@ -200,9 +207,9 @@ def fast_ensemble(
             if fitted and gradient_images != 0 and pull_back:
                 gather.pull_back_sample(head, statistics, sample, report)  # type: ignore[arg-type]
             gradients, count = gather.gradients_of_all(last)
-            if last:
-                report("weights", 0, None)
             with ranks.together("solving for the weights"):
+                if last:
+                    report("weights", 0, None)
                 if not ranks.first:
                     return None
                 total, fold_grams = _grams(gradients, names)
@@ -220,73 +227,44 @@ def fast_ensemble(
             return bool(ranks.decided(enough))
 
         stopped, found = False, None
-        loss = None if fitted else given_loss(head, len(stack))
         stream = gather.stream(loader, report, sample=sample, loss=loss, rule=rule, checkpoint=checkpoint)
-        if rule is None:
-            with ranks.together(_READING):
-                for _ in stream:
-                    pass
-        else:
-            looked = False
-            for labels in stream if by_prompts else ranks.rounds(stream, _READING):
-                if not rule.due(labels):
-                    continue
-                found = answer(pull_back=not looked, last=False)
-                looked = looked or gather.has_gradients
-                stopped = known(found)
-                if stopped and fitted and lam > 0:
-                    # The sample has grown since its gradients were taken: with new ones the answer must hold too.
-                    found = answer(pull_back=True, last=False)
+        with contextlib.closing(stream):  # the loader's workers end with the reading
+            if rule is None:
+                with ranks.together(_READING):
+                    for _ in stream:
+                        pass
+            else:
+                for labels in stream if by_prompts else ranks.rounds(stream, _READING):
+                    if not rule.due(labels):
+                        continue
+                    found = answer(pull_back=not gather.has_gradients, last=False)
                     stopped = known(found)
-                if stopped:
-                    break
+                    if stopped and fitted and lam > 0:
+                        # The sample has grown since its gradients were taken: with new ones the answer must hold too.
+                        found = answer(pull_back=True, last=False)
+                        stopped = known(found)
+                    if stopped:
+                        break
         if not stopped:
             found = answer(pull_back=True)
         weights = ranks.broadcast(None if found is None else {"weights": found.solution.weights})[0]["weights"]
         mixed = torch.tensordot(weights, stack.to("cpu", torch.float64), dims=1).to(stack.dtype)
         intensity = ranks.decided(None if found is None else found.solution.diagnostics.intensity)
         sample_h, sample_h_mixed = gather.mixing_gap(sample, weights, mixed, intensity)
+        with ranks.together("making the result"):
+            result = None
+            if found is not None:
+                result = _result(
+                    found, names=names, mixed=mixed, lam=lam, settings=settings, vit=vit,
+                    sample_h_scores=(sample_h, sample_h_mixed), reached=rule.error if rule and stopped else None,
+                    kept_bytes=gather.statistics.nbytes + sample.nbytes + gather.gradient_bytes,
+                )  # fmt: skip
+            parts: tuple[Any, ...] = (None,) if result is None else result.to_parts()
         ranks.stage = "handing out the result"
-        if found is None:
-            received = _received(ranks)
-            if checkpoint is not None:
-                checkpoint.remove()
-            return received
-    problem, (weights, diagnostics), without_fold, total, num_gradient_images = found
-    covariance = problem.source_covariance
-    nan = torch.full((len(names), len(names)), math.nan, dtype=torch.float64)
-    result = EnsembleResult(
-        weights=weights,
-        names=names,
-        prompt=mixed,
-        h_score=diagnostics.h_score,
-        alignment_loss=diagnostics.alignment_loss,
-        objective=diagnostics.objective,
-        gap=diagnostics.gap,
-        converged=diagnostics.converged,
-        h_score_std=problem.h_score_std(weights),
-        source_h_scores=diagnostics.source_h_scores,
-        source_h_score_std=covariance.diagonal().sqrt(),
-        source_rank_std=rank_std(diagnostics.source_h_scores, covariance),
-        uniform_h_score=diagnostics.uniform_h_score,
-        gradient_cosines=nan if total is None else total,
-        weight_std=jackknife_std(without_fold),
-        weight_error=rule.error if rule is not None and stopped else weight_error(without_fold),
-        stop_reason="tolerance reached" if stopped else "end of data",
-        n_images=problem.statistics.num_images,
-        n_classes=len(problem.statistics.classes),
-        n_gradient_images=num_gradient_images,
-        sample_h_score=sample_h,
-        sample_h_score_mixed_prompt=sample_h_mixed,
-        shrinkage_intensity=diagnostics.intensity,
-        kept_bytes=gather.statistics.nbytes + sample.nbytes + gather.gradient_bytes,
-        classes=problem.statistics.classes,
-        lam=float(lam),
-        settings=settings,
-        backbone=vit.info,
-    )
-    if not ranks.alone:
-        ranks.broadcast(*result.to_parts())
+        if not ranks.alone:
+            received = ranks.broadcast(*parts)
+            result = EnsembleResult.from_parts(*received) if result is None else result
+    assert result is not None
     if checkpoint is not None:
         checkpoint.remove()
     return result
@@ -300,6 +278,54 @@ class _Answer(NamedTuple):
     without_fold: Tensor
     gram: Tensor | None
     num_gradient_images: int
+
+
+def _result(
+    found: _Answer,
+    *,
+    names: Sequence[str],
+    mixed: Tensor,
+    lam: float,
+    settings: dict[str, Any],
+    vit: FrozenViT,
+    sample_h_scores: tuple[float, float],
+    reached: float | None,
+    kept_bytes: int,
+) -> EnsembleResult:
+    """The first rank's result. reached: the bound on the error that ended the stream; None: it came to its end."""
+    problem, (weights, diagnostics), without_fold, gram, num_gradient_images = found
+    covariance = problem.source_covariance
+    nan = torch.full((len(names), len(names)), math.nan, dtype=torch.float64)
+    return EnsembleResult(
+        weights=weights,
+        names=tuple(names),
+        prompt=mixed,
+        h_score=diagnostics.h_score,
+        alignment_loss=diagnostics.alignment_loss,
+        objective=diagnostics.objective,
+        gap=diagnostics.gap,
+        converged=diagnostics.converged,
+        h_score_std=problem.h_score_std(weights),
+        source_h_scores=diagnostics.source_h_scores,
+        source_h_score_std=covariance.diagonal().sqrt(),
+        source_rank_std=rank_std(diagnostics.source_h_scores, covariance),
+        uniform_h_score=diagnostics.uniform_h_score,
+        gradient_cosines=nan if gram is None else gram,
+        weight_std=jackknife_std(without_fold),
+        weight_error=weight_error(without_fold) if reached is None else reached,
+        stop_reason="end of data" if reached is None else "tolerance reached",
+        n_images=problem.statistics.num_images,
+        n_classes=len(problem.statistics.classes),
+        n_gradient_images=num_gradient_images,
+        sample_h_score=sample_h_scores[0],
+        sample_h_score_mixed_prompt=sample_h_scores[1],
+        shrinkage_intensity=diagnostics.intensity,
+        kept_bytes=kept_bytes,
+        classes=problem.statistics.classes,
+        lam=float(lam),
+        settings=settings,
+        backbone=vit.info,
+    )
 
 
 class _Pass:
@@ -332,10 +358,15 @@ class _Pass:
         self.statistics, self.folds, self.shards = statistics, statistics.folds, shards
         self.gradients: Tensor | None = None  # of this rank [folds, M, p, d], summed over the images of each fold
         self.num_gradient_images = 0
-        self.has_gradients = False
+        self._shared = False  # some rank has had gradients
         self.sample: ImageSample | None = None
         self.rule: StopRule | None = None
         self._whole = True  # all parts are of the same batches
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether any rank has gradients, of this run or of the one that it goes on from."""
+        return self._shared or self.num_gradient_images > 0
 
     @property
     def gradient_bytes(self) -> int:
@@ -350,10 +381,10 @@ class _Pass:
         loss: Callable[[Tensor, Tensor, slice], Tensor] | None = None,
         rule: StopRule | None = None,
         checkpoint: PassCheckpoint | None = None,
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor, None, None]:
         """Read the loader once, and yield the labels of each batch when it is done. With a loss, each batch goes
         forward and backward at once. With a checkpoint, batches that it knows are passed over, and what is done is kept
-        when it is time, when the stream ends, and when it breaks off."""
+        when it is time, when the stream ends, and when it breaks off; not when the work between two batches does."""
         self.sample, self.rule = sample, rule
         try:
             yield from self._stream(loader, report, loss, checkpoint)
@@ -373,8 +404,11 @@ class _Pass:
         loss: Callable[[Tensor, Tensor, slice], Tensor] | None,
         checkpoint: PassCheckpoint | None,
     ) -> Iterator[Tensor]:
-        total = num_batches(loader)
-        report("images", 0, total)
+        # With collectives between them, the parts of a batch are done by all ranks or by none.
+        step: Callable[[str], Any] = self.ranks.together if self.by_prompts else contextlib.nullcontext
+        with step(_READING):
+            total = num_batches(loader)
+            report("images", 0, total)
         note = None if checkpoint is None else checkpoint.note
         with contextlib.closing(read(loader, self.vit, note)) as own:
             batches: Iterator[tuple[Tensor, Tensor]] = own
@@ -386,21 +420,23 @@ class _Pass:
                 if checkpoint is not None and checkpoint.skip(images, labels, self):
                     report("images", done, total)
                     continue
-                if loss is None:
-                    features = self._encode(images)
-                    self._whole = False
-                else:
-                    self._whole = False
-                    features = self._forward_backward(images, labels, loss)
+                with step(_READING):
+                    if loss is None:
+                        features = self._encode(images)
+                        self._whole = False
+                    else:
+                        self._whole = False
+                        features = self._forward_backward(images, labels, loss)
                 if self.by_prompts:
                     features = torch.cat(self.ranks.gather(features))
-                self.statistics.update(features, labels)
-                if self.sample is not None:
-                    self.sample.update(images, labels, features)
-                if checkpoint is not None:
-                    checkpoint.done()
+                with step(_READING):
+                    self.statistics.update(features, labels)
+                    if self.sample is not None:
+                        self.sample.update(images, labels, features)
+                    if checkpoint is not None:
+                        checkpoint.done()
+                    report("images", done, total)
                 self._whole = True
-                report("images", done, total)
                 yield labels
                 if checkpoint is not None and checkpoint.due(self):
                     checkpoint.write(self)
@@ -421,8 +457,8 @@ class _Pass:
             logits, targets = held_out_logits(heads, [f for _, _, f in parts], [y for _, y, _ in parts])
         if not self.by_prompts:
             logits, targets = torch.cat(self.ranks.gather(logits, 1), 1), torch.cat(self.ranks.gather(targets))
-        report("gradients", 0, self.folds)
         with self.ranks.together(stage):
+            report("gradients", 0, self.folds)
             heads = [one.sharpened(inverse_temperatures(logits, targets)) for one in heads]
             for k, (images, labels, _) in enumerate(parts):
                 if len(images):
@@ -431,6 +467,8 @@ class _Pass:
 
     def mixing_gap(self, sample: ImageSample, weights: Tensor, mixed: Tensor, intensity: float) -> tuple[float, float]:
         """H of the mixed features and of the mixed prompt's features, both on the gradient sample."""
+        if not self.by_prompts:
+            sample.share(self.ranks)  # of all images read, also where gradients were taken of fewer
         with self.ranks.together("judging the mixed prompt"):
             images, labels, features = sample.all()
             blend = under_mixture = torch.zeros(0, self.vit.width, dtype=torch.float64)
@@ -449,6 +487,8 @@ class _Pass:
         """Statistics of all ranks' images; before the last time, as a copy."""
         if self.ranks.alone or self.by_prompts:
             return self.statistics
+        if not any(self.ranks.gather_json(self.statistics.num_images)):
+            raise DataError("the loaders of all ranks gave no images")
         if not last:
             return self.statistics.reduced(self.ranks)
         self.statistics.all_reduce(self.ranks)
@@ -468,7 +508,7 @@ class _Pass:
                     gradients = torch.cat(self.ranks.gather(gradients, 1), 1)
                 else:
                     gradients = self.ranks.sum(gradients if last else gradients.clone())
-        self.has_gradients = count > 0
+        self._shared = count > 0
         return gradients if count else None, count
 
     def _encode(self, images: Tensor) -> Tensor:
@@ -513,7 +553,9 @@ class _Pass:
         return torch.zeros(self.folds, *self.prompts.shape, dtype=precise, device=self.vit.device)
 
 
-def _check_options(lam: float, gradient_images: int | None, folds: int, head: Head, shard: str) -> None:
+def _check_options(
+    lam: float, gradient_images: int | None, folds: int, head: Head, shard: str, micro_batch: int | None
+) -> None:
     if shard not in ("images", "prompts"):
         raise OptionError(f"shard must be 'images' or 'prompts', got {shard!r}")
     if folds < 1:
@@ -524,6 +566,17 @@ def _check_options(lam: float, gradient_images: int | None, folds: int, head: He
         raise OptionError(f"gradient_images must be at least 0, got {gradient_images}")
     if gradient_images == 0 and lam > 0 and isinstance(head, str):
         raise OptionError("gradient_images=0 leaves nothing to align: set lam=0 as well, or let it have images")
+    if micro_batch is not None and micro_batch < 1:
+        raise OptionError(f"micro_batch must be at least 1, got {micro_batch}")
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    """OptionError where there is no such device here."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise OptionError(f"device must be one that PyTorch finds here, got {device!r} ({reason})") from error
 
 
 def _check_problem(statistics: EnsembleStatistics) -> None:
@@ -567,14 +620,11 @@ def _grams(gradients: Tensor | None, names: Sequence[str]) -> tuple[Tensor | Non
     return gram, list(without_fold)
 
 
-def _received(ranks: Ranks) -> EnsembleResult:
-    """The first rank's result."""
-    return EnsembleResult.from_parts(*ranks.broadcast(None))
-
-
 def _gpu_of(device: torch.device | str | None, backbone: nn.Module | str | None) -> torch.device | None:
     """Where the work will be, as far as the arguments say."""
     if device is not None:
-        return torch.device(device)
+        with contextlib.suppress(RuntimeError, TypeError):  # what is none is refused among the other arguments
+            return torch.device(device)
+        return None
     weights = itertools.chain(backbone.parameters(), backbone.buffers()) if isinstance(backbone, nn.Module) else ()
     return next((tensor.device for tensor in weights), None)

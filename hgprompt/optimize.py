@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -97,7 +98,10 @@ def optimize_weights(
     Raises:
         DataError, PromptError: statistics that no H-score can be computed from. OptionError: bad arguments.
     """
-    check_options(lam=lam, shrinkage=shrinkage, solver=solver, starts=starts)
+    check_options(
+        lam=lam, shrinkage=shrinkage, solver=solver, starts=starts, tolerance=tolerance, max_steps=max_steps,
+        learning_rate=learning_rate,
+    )  # fmt: skip
     problem = WeightProblem(
         statistics, gram, shrinkage=shrinkage, normalize=normalize, tolerance=tolerance, max_steps=max_steps,
         starts=starts, seed=seed,
@@ -127,7 +131,10 @@ class WeightProblem:
         max_steps: int = 200,
         seed: int = 0,
     ) -> None:
-        check_options(lam=0.0, shrinkage=shrinkage, solver="quasi-newton", starts=starts)
+        check_options(
+            lam=0.0, shrinkage=shrinkage, solver="quasi-newton", starts=starts, tolerance=tolerance,
+            max_steps=max_steps,
+        )  # fmt: skip
         size = statistics.num_prompts
         if gram is not None and tuple(gram.shape) != (size, size):
             raise OptionError(f"gram must be [{size}, {size}] for {size} prompts, got {list(gram.shape)}")
@@ -445,7 +452,16 @@ def jackknife_std(weights_without_fold: Tensor) -> Tensor:
     return ((folds - 1) * weights_without_fold.var(dim=0, correction=0)).sqrt()
 
 
-def check_options(*, lam: float, shrinkage: Shrinkage, solver: Solver, starts: int) -> None:
+def check_options(
+    *,
+    lam: float,
+    shrinkage: Shrinkage,
+    solver: Solver,
+    starts: int,
+    tolerance: float = 0.0,
+    max_steps: int = 1,
+    learning_rate: float = 1.0,
+) -> None:
     """Raise OptionError for what can be known to be wrong before any work is done."""
     if not 0 <= lam <= MAX_LAM:
         raise OptionError(f"lam must be a number from 0 to {MAX_LAM:g}, got {lam}")
@@ -456,6 +472,12 @@ def check_options(*, lam: float, shrinkage: Shrinkage, solver: Solver, starts: i
         )
     if starts < 1:
         raise OptionError(f"starts must be at least 1, got {starts}")
+    if not 0 <= tolerance < math.inf:
+        raise OptionError(f"the tolerance of the Frank–Wolfe gap must be a number from 0 on, got {tolerance}")
+    if max_steps < 1:
+        raise OptionError(f"max_steps must be at least 1, got {max_steps}")
+    if not 0 < learning_rate < math.inf:
+        raise OptionError(f"learning_rate must be a number above 0, got {learning_rate}")
 
 
 def _distinct(points: Sequence[Vector]) -> tuple[list[int], list[int]]:

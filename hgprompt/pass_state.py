@@ -89,8 +89,9 @@ class Saved:
             if "features" in self._tensors:
                 kept: list[Tensor] | list[Moments] = self._features(m, h, vit, len(labels))
             else:
-                folds = gathering.statistics.folds
-                kept = [self._moments(k, m, h, vit, labels[k::folds]) for k in range(folds)]
+                fold_of = gathering.statistics.next_folds(len(labels))  # as they were dealt: they are empty still
+                folds = range(gathering.statistics.folds)
+                kept = [self._moments(k, m, h, vit, labels[fold_of == k]) for k in folds]
             gathering.statistics.restore(labels, kept, vit.dtype)
             if gathering.sample is not None and len(gathering.sample):
                 sample = self._take("sample", (len(gathering.sample) * m * h,), vit.dtype)

@@ -70,7 +70,7 @@ class ImageSample:
         self._seen += len(labels)
 
     def share(self, ranks: Ranks) -> None:
-        """From here on, show only this rank's part of the sample of all ranks' streams; updates look at all again.
+        """Show only this rank's part of the sample of all ranks' streams so far; to be called again after updates.
 
         Collective. What is kept does not change: at most `capacity` images on each rank, and as many shown in all.
         """

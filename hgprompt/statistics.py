@@ -230,7 +230,6 @@ class EnsembleStatistics:
 
     def reduced(self, group: Any) -> EnsembleStatistics:
         """As `all_reduce`, and leave these statistics as they are: a new object."""
-        self._finite.finish()
         whole = copy.copy(self)
         whole._moments = copy.deepcopy(self._moments)  # the only part that all_reduce changes in place
         whole.all_reduce(group)

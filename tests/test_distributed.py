@@ -7,6 +7,7 @@ import datetime
 import os
 import re
 import signal
+import tempfile
 import time
 
 import literal
@@ -131,7 +132,13 @@ def _stops_early(rank):
     # Rank 2 has no more after its first batch: the others go on looking, together.
     mine = slice(2, 22, WORLD) if rank == 2 else mine
     uneven = fast_ensemble(prompts, _batches(images[mine], labels[mine]), **options)
-    return [_weights_and_bytes(r) for r in (result, by_prompts, uneven)], [r.n_images for r in (result, uneven)]
+    mine = slice(rank, None, WORLD)
+    by_h = fast_ensemble(prompts, _batches(images[mine], labels[mine]), lam=0.0, gradient_images=32, **options)
+    return (
+        [_weights_and_bytes(r) for r in (result, by_prompts, uneven)],
+        [r.n_images for r in (result, uneven)],
+        (by_h.n_images, by_h.sample_h_score, by_h.sample_h_score_mixed_prompt),
+    )
 
 
 def _selects(rank):
@@ -151,7 +158,7 @@ def _told(function):
     """The error that a call ends with."""
     try:
         function()
-    except HGPromptError as error:
+    except (HGPromptError, RuntimeError) as error:
         return type(error).__name__, str(error)
     return None
 
@@ -159,6 +166,15 @@ def _told(function):
 def _failing(batches):
     yield batches[0]
     raise OSError("the disk is gone")
+
+
+def _failing_report(stage, done, total):
+    if done:
+        raise RuntimeError("the screen is gone")
+
+
+def _failing_head(features):
+    raise RuntimeError("the head is off")
 
 
 def _goes_wrong(rank):
@@ -180,9 +196,13 @@ def _goes_wrong(rank):
             )
         ),
         "option": call(folds=-1 if bad else 8),
+        "checkpoint": call(checkpoint_dir=tempfile.mkdtemp() if bad else None),
         "loader": call(_failing(batches) if bad else batches),
         "loader, prompts": call(_failing(batches) if bad else batches, **at),
         "loader, looking": call(_failing(batches) if bad else batches, tolerance=0.1),
+        "head, prompts": call(head=_failing_head if bad else _head, **at),
+        "head, looking": call(head=_failing_head if bad else _head, tolerance=0.1, **at),
+        "report, prompts": call(progress=_failing_report if bad else False, **at),
         "batches differ": call(batches[::-1] if bad else batches, **at),
         "fewer batches": call(batches[:-1] if bad else batches, **at),
         "no images": call([]),
@@ -256,7 +276,12 @@ def test_ranks_stop_early_together(together):
     options = {"backbone": model, "tolerance": 2.0, "folds": 4}
     alone = fast_ensemble(prompts, _batches(images, labels, 20), **options)
     assert alone.n_images < 640
-    for results, counts in (answers[0] for answers in together):
+    by_h = fast_ensemble(prompts, _batches(images, labels, 20), lam=0.0, gradient_images=32, **options)
+    assert by_h.n_images > 64, "the sample of the first look is compared with itself"
+    for results, counts, (n_images, *h_scores) in (answers[0] for answers in together):
+        assert n_images == by_h.n_images
+        # H of float32 features of the same 32 images, under weights that agree to 1e-6.
+        assert h_scores == pytest.approx([by_h.sample_h_score, by_h.sample_h_score_mixed_prompt], rel=1e-4)
         assert [bits for _, bits in results] == [bits for _, bits in together[0][0][0]]
         # Rounds of 4 x 5 images are batches of 20 of the same stream.
         assert counts[0] == alone.n_images
@@ -284,10 +309,22 @@ def test_ranks_select_what_one_process_selects(together):
         ("lam", "DistributedError", r"rank 0 and rank 2 were not called alike \(lam: 1.0 and 0.5\)"),
         ("prompts", "DistributedError", r"rank 0 and rank 2 .*prompts: '"),
         ("backbone", "DistributedError", r"rank 0 and rank 2 .*backbone: '"),
+        ("checkpoint", "DistributedError", r"rank 0 and rank 2 were not called alike \(checkpoint_dir: False and True"),
         ("option", "OptionError", r"rank 2 of 4 failed while checking the arguments: OptionError: folds must"),
         ("loader", "DataError", r"rank 2 of 4 failed while reading the images: DataError: .*the disk is gone"),
         ("loader, prompts", "DataError", r"rank 2 of 4 failed .*the disk is gone"),
         ("loader, looking", "DataError", r"rank 2 of 4 failed .*the disk is gone"),
+        (
+            "head, prompts",
+            "RuntimeError",
+            r"rank 2 of 4 failed while reading the images: RuntimeError: the head is off",
+        ),
+        (
+            "head, looking",
+            "RuntimeError",
+            r"rank 2 of 4 failed while reading the images: RuntimeError: the head is off",
+        ),
+        ("report, prompts", "RuntimeError", r"rank 2 of 4 failed while reading the images: .*the screen is gone"),
         ("batches differ", "DistributedError", r"batch 0 of rank 2 is not that of rank 0"),
         ("fewer batches", "DistributedError", r"batch 8 of rank 2 is not that of rank 0"),
     ],
@@ -302,7 +339,7 @@ def test_an_error_of_one_rank_is_told_on_all(together, case, own, message):
 
 def test_an_error_of_all_is_told_on_all(together):
     for rank, (_, _, told, *_) in enumerate(together):
-        assert told["no images"] == ("StatisticsError", "no rank has seen an image")
+        assert told["no images"] == ("DataError", "the loaders of all ranks gave no images")
         assert told["one class"][0] == "DataError"
         # Only the first rank solves.
         assert told["solve"][0] == ("PromptError" if rank == 0 else "DistributedError")

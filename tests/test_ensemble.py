@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from pathlib import Path
 
 import literal
 import numpy as np
@@ -494,7 +495,15 @@ def test_frozen_backbone_is_not_moved():
     assert hgprompt.fast_ensemble is fast_ensemble
 
 
-@pytest.mark.parametrize("options", [{"shrinkage": "magic"}, {"solver": "magic"}, {"starts": 0}, {"lam": -1}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shrinkage": "magic"}, {"solver": "magic"}, {"starts": 0}, {"lam": -1}, {"micro_batch": 0}, {"max_steps": 0},
+        {"gap_tolerance": -1.0}, {"gap_tolerance": float("nan")}, {"learning_rate": 0.0}, {"device": "gpu"},
+        {"head": [torch.nn.Linear(16, 3)], "checkpoint_dir": "not made"},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_bad_options_are_found_before_the_images_are_read(options):
     def loader():
         raise AssertionError("read")
@@ -502,3 +511,4 @@ def test_bad_options_are_found_before_the_images_are_read(options):
 
     with pytest.raises(OptionError):
         fast_ensemble(_prompts(), loader(), backbone=literal.tiny_vit(), **options)
+    assert not Path("not made").exists()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import hgprompt.ensemble
 from hgprompt import HGPromptWarning, OptionError, fast_ensemble
 from hgprompt.stopping import FIRST, GROWTH, StopRule, looks_shuffled
 
@@ -118,6 +119,45 @@ def test_a_stream_is_read_until_alpha_is_known(lam):
     )
     assert again.stop_reason == "end of data"
     torch.testing.assert_close(again.weights, result.weights)
+
+
+class _WithWorkers:
+    """An iterator with workers to end, as a DataLoader's is."""
+
+    def __init__(self, batches, events):
+        self.batches, self.events = batches, events
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.batches)
+
+    def _shutdown_workers(self):
+        self.events.append("workers ended")
+
+
+class _Loader:
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __iter__(self):
+        return _WithWorkers(*self.arguments)
+
+
+def test_the_loaders_workers_end_where_the_stream_stops(monkeypatch):
+    events, gap = [], hgprompt.ensemble._Pass.mixing_gap
+
+    def noted(*arguments):
+        events.append("the mixed prompt")
+        return gap(*arguments)
+
+    monkeypatch.setattr(hgprompt.ensemble._Pass, "mixing_gap", noted)
+    prompts = torch.randn(3, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    loader, options = _Loader(_endless(0, 4000), events), {"lam": 0.0, "tolerance": 0.3, "gradient_images": 64}
+    result = fast_ensemble(prompts, loader, backbone=literal.tiny_vit().double(), **options)
+    assert result.stop_reason == "tolerance reached"
+    assert events == ["workers ended", "the mixed prompt"]
 
 
 def test_a_tolerance_out_of_reach_reads_everything():
