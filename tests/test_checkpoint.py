@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import hgprompt.checkpoint
 import hgprompt.ensemble
+import hgprompt.one_pass
 from hgprompt.backbone import FrozenViT
 from hgprompt.checkpoint import SHARE, PassCheckpoint
 from hgprompt.ensemble import fast_ensemble
@@ -175,9 +176,9 @@ def test_killed_at_fifty_random_moments(tmp_path):
 
 def test_what_is_done_is_not_computed_again(tmp_path, monkeypatch):
     calls = []
-    encode = hgprompt.ensemble.encode
+    encode = hgprompt.one_pass.encode
     monkeypatch.setattr(
-        hgprompt.ensemble, "encode", lambda vit, prompts, images, **o: calls.append(images.shape[0])
+        hgprompt.one_pass, "encode", lambda vit, prompts, images, **o: calls.append(images.shape[0])
         or encode(vit, prompts, images, **o),
     )  # fmt: skip
     _interrupt(tmp_path, 7)
@@ -190,14 +191,14 @@ def test_what_is_done_is_not_computed_again(tmp_path, monkeypatch):
 def test_ctrl_c_keeps_what_is_done(where, tmp_path, monkeypatch):
     loader = _Until(5, KeyboardInterrupt()) if where == "loader" else _batches()
     if where == "network":
-        encode, left = hgprompt.ensemble.encode, iter([False] * 5 + [True])
+        encode, left = hgprompt.one_pass.encode, iter([False] * 5 + [True])
 
         def interrupted(*arguments, **options):
             if next(left):
                 raise KeyboardInterrupt
             return encode(*arguments, **options)
 
-        monkeypatch.setattr(hgprompt.ensemble, "encode", interrupted)
+        monkeypatch.setattr(hgprompt.one_pass, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         _run(loader, tmp_path, checkpoint_every=1e6)
     monkeypatch.undo()
@@ -233,12 +234,12 @@ def test_features_that_are_found_late_not_to_be_finite_replace_no_checkpoint(tmp
     _interrupt(tmp_path, 3)
     before = (tmp_path / FILE).read_bytes()
     monkeypatch.setattr("hgprompt.statistics._FiniteCheck.check", late)
-    encode, calls = hgprompt.ensemble.encode, itertools.cycle(range(3))
+    encode, calls = hgprompt.one_pass.encode, itertools.cycle(range(3))
 
     def broken(*arguments, **options):
         return encode(*arguments, **options) / float(next(calls) != 2)  # of batch 5
 
-    monkeypatch.setattr(hgprompt.ensemble, "encode", broken)
+    monkeypatch.setattr(hgprompt.one_pass, "encode", broken)
     with pytest.raises(DataError, match="the disk is gone"):  # before anyone has asked whether they are finite
         _run(_Until(6), tmp_path, checkpoint_every=1e6)
     with pytest.raises(DataError, match=f"batch after image {5 * BATCH}"):
@@ -271,7 +272,7 @@ def test_ctrl_c_between_batches_leaves_a_file_to_go_on_from(at, tmp_path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(hgprompt.ensemble, "pull_back", interrupted)
+        patch.setattr(hgprompt.one_pass, "pull_back", interrupted)
         with pytest.raises(KeyboardInterrupt):
             _run(_batches(), tmp_path, checkpoint_every=0.0 if at == "look" else 1e6, **options)
     # The first look is due with the fifth batch, whose checkpoint would follow it.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import hgprompt.ensemble
+import hgprompt.one_pass
 from hgprompt import HGPromptWarning, OptionError, fast_ensemble
 from hgprompt.stopping import FIRST, GROWTH, StopRule, looks_shuffled
 
@@ -146,13 +146,13 @@ class _Loader:
 
 
 def test_the_loaders_workers_end_where_the_stream_stops(monkeypatch):
-    events, gap = [], hgprompt.ensemble._Pass.mixing_gap
+    events, gap = [], hgprompt.one_pass.Pass.mixing_gap
 
     def noted(*arguments):
         events.append("the mixed prompt")
         return gap(*arguments)
 
-    monkeypatch.setattr(hgprompt.ensemble._Pass, "mixing_gap", noted)
+    monkeypatch.setattr(hgprompt.one_pass.Pass, "mixing_gap", noted)
     prompts = torch.randn(3, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     loader, options = _Loader(_endless(0, 4000), events), {"lam": 0.0, "tolerance": 0.3, "gradient_images": 64}
     result = fast_ensemble(prompts, loader, backbone=literal.tiny_vit().double(), **options)
