@@ -23,8 +23,15 @@ def vit():
     return load_backbone("mini", device="cpu")
 
 
-def test_runs_whole(vit, tmp_path):
-    pool, comparison = run_demo(vit, SMALL, tmp_path)
+@pytest.fixture(scope="module")
+def whole(vit, tmp_path_factory):
+    """Its folder, and what it returned: pool and comparison."""
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, *run_demo(vit, SMALL, folder)
+
+
+def test_runs_whole(vit, whole):
+    tmp_path, pool, comparison = whole
     assert set(pool) == set(PROCEDURAL_TASKS) - {"sprite-x-location"}
     assert PromptPool.load(tmp_path / "pool.safetensors").names == pool.names
     assert comparison.starts == ("random", "best single", "uniform", "HGPrompt", "HGPrompt λ=0")
@@ -37,7 +44,7 @@ def test_runs_whole(vit, tmp_path):
     assert torch.equal(again.curves, comparison.curves)
 
 
-def test_goes_on_where_it_was_interrupted(vit, tmp_path):
+def test_goes_on_where_it_was_interrupted(vit, whole, tmp_path):
     class Stop(Exception):
         pass
 
@@ -45,13 +52,12 @@ def test_goes_on_where_it_was_interrupted(vit, tmp_path):
         if stage.startswith("seed 2"):
             raise Stop
 
-    whole = run_demo(vit, SMALL, tmp_path)[1]
     with pytest.raises(Stop):
         run_demo(vit, SMALL, tmp_path, progress=stop)
     assert len(list(tmp_path.glob(".hgprompt-demo-*"))) == 1
     other = tmp_path / ".hgprompt-demo-00000000"  # what another plan left is not in the way, and stays
     other.mkdir()
-    assert torch.equal(run_demo(vit, SMALL, tmp_path)[1].curves, whole.curves)
+    assert torch.equal(run_demo(vit, SMALL, tmp_path)[1].curves, whole[2].curves)
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == [other.name]
 
 
