@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -251,6 +252,20 @@ def default_group() -> Any:
     if not dist.is_available() or not dist.is_initialized():
         raise DistributedError("there is no torch.distributed process group: call init_process_group first")
     return dist.group.WORLD
+
+
+def meeting_place() -> dict[str, Any]:
+    """Arguments for `init_process_group` under torchrun with --max-restarts: where the processes of this attempt meet.
+
+    torchrun keeps one store for all attempts, in which those of a restart would find the addresses of the dead, and
+    wait for them; so each attempt has a part of it for itself. Empty where torchrun keeps none.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    place = dist.PrefixStore(f"hgprompt/{attempt}", store)
+    return {"store": place, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
 
 
 def _device_of(group: Any, wanted: torch.device | None) -> torch.device:

@@ -168,7 +168,7 @@ def fast_ensemble(
         place = (0, 1) if by_prompts else (ranks.rank, ranks.world)
         sample = ImageSample(gradient_images if fitted else 0, folds, seed, shard=place)
         gather = Pass(
-            vit, stack, names, EnsembleStatistics(folds=folds, keep=keep, max_bytes=max_bytes, shard=place),
+            vit, stack, EnsembleStatistics(folds=folds, keep=keep, max_bytes=max_bytes, shard=place),
             ranks=ranks, by_prompts=by_prompts, micro_batch=micro_batch, impl=impl,
             # A stream that may stop early is not refused for the images that it would not read.
             shards=0 if rule is not None else place[1],

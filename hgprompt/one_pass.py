@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -39,7 +39,6 @@ class Pass:
         self,
         vit: FrozenViT,
         prompts: Tensor,
-        names: Sequence[str],
         statistics: EnsembleStatistics,
         *,
         ranks: Ranks,
@@ -52,7 +51,7 @@ class Pass:
         share = slices(len(prompts), ranks.world)[ranks.rank] if by_prompts else slice(0, len(prompts))
         self.first_prompt = share.start
         # On the device once, and not with every batch.
-        self.vit, self.prompts, self.names = vit, prompts[share].to(vit.device, vit.dtype), names
+        self.vit, self.prompts = vit, prompts[share].to(vit.device, vit.dtype)
         self.options: dict[str, Any] = {"micro_batch": MicroBatch(micro_batch), "impl": impl}
         self.statistics, self.folds, self.shards = statistics, statistics.folds, shards
         self.gradients: Tensor | None = None  # of this rank [folds, M, p, d], summed over the images of each fold

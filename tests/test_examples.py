@@ -65,6 +65,20 @@ def test_torchrun(tmp_path, pool, alone, shard):
     )
 
 
+def test_torchrun_starts_a_job_again_where_it_was(tmp_path, pool):
+    program = Path(__file__).parent / "programs" / "restarted_pass.py"
+    _run(tmp_path, *TORCHRUN, "--max-restarts", "1", program, pool, tmp_path)
+    images = render_task("nearest-distance", 80, image_size=64)
+    undisturbed = hgprompt.fast_ensemble(hgprompt.PromptPool.load(pool), images.batches(32), backbone="mini")
+    found = hgprompt.EnsembleResult.load(tmp_path / "mix")
+    torch.testing.assert_close(found.weights, undisturbed.weights, rtol=0, atol=1e-6)  # features are float32
+    # Rank 1 was killed with three of its five batches done, the last of which no checkpoint may have been paid for.
+    encoded, batches = map(int, (tmp_path / "encoded-1").read_text().split())
+    assert batches == 5
+    assert 2 <= encoded < 5
+    assert not list((tmp_path / "pass").iterdir())
+
+
 def test_accelerate(tmp_path, pool, alone):
     pytest.importorskip("accelerate", reason="pip install 'hgprompt[examples]'")
     example = ROOT / "examples" / "accelerate_ensemble.py"

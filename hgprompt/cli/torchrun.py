@@ -37,25 +37,15 @@ def job(device: str | None) -> Iterator[Job]:
     import torch
     import torch.distributed as dist
 
+    from hgprompt.distributed import meeting_place
+
     gpu = None if (device or "cuda").startswith("cpu") else own_gpu()
     on_gpu = gpu is not None
     if on_gpu:
         torch.cuda.set_device(gpu)
-    dist.init_process_group("nccl" if on_gpu else "gloo", **_meeting_place(share.rank, share.world))
+    dist.init_process_group("nccl" if on_gpu else "gloo", **meeting_place())
     yield Job(dist.group.WORLD, share.rank, share.world)
     dist.destroy_process_group()  # not after an error: other ranks may never come to it
-
-
-def _meeting_place(rank: int, world: int) -> dict[str, Any]:
-    """Where the processes of this attempt meet. torchrun keeps one store for all attempts, in which those of a restart
-    would find the addresses of the dead and wait for them; so each attempt has a part of it for itself."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return {}
-    import torch.distributed as dist
-
-    agent = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return {"store": dist.PrefixStore(f"hgprompt/{attempt}", agent), "rank": rank, "world_size": world}
 
 
 def own_gpu() -> str | None:
