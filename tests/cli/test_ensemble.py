@@ -177,8 +177,8 @@ def test_ctrl_c_leaves_nothing_behind(place):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1].decode()
-    # A shell sees 130 in both cases: where the signal comes during an import that runs exec() (a dataclass), CPython ends
-    # itself by the signal in the end, whatever the program's exit code is.
+    # A shell sees 130 in both cases: where the signal comes during an import that runs exec() (a dataclass), CPython
+    # ends itself by the signal in the end, whatever the program's exit code is.
     assert process.returncode in (130, -signal.SIGINT), error
     assert "nothing half-written" in error
     assert not (place / "interrupted").exists()
