@@ -123,7 +123,7 @@ class Store:
         mine, theirs = _plain(cell.identity), stored["identity"]
         if mine != theirs:
             changed = sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k))
-            shown = "; ".join(f"{k}: there {theirs.get(k)!r:.60}, here {mine.get(k)!r:.60}" for k in changed[:4])
+            shown = "; ".join(f"{k!r:.60}: there {theirs.get(k)!r:.60}, here {mine.get(k)!r:.60}" for k in changed[:4])
             raise OptionError(
                 f"{path} was made otherwise ({shown}): give another --out, or delete it to do its work again"
             )

@@ -104,7 +104,7 @@ def test_table1_and_what_the_experiments_share(reproduce, out):
 
 def test_other_options_are_refused_and_not_mixed_in(reproduce, out):
     said = reproduce("table1", "--tasks", "ants", "--methods", "uniform", "--test-limit", "3", code=1)
-    assert "made otherwise (test_limit: there None, here 3)" in said.replace("\n", " ")
+    assert "made otherwise ('test_limit': there None, here 3)" in said.replace("\n", " ")
 
 
 def test_fig3_leaves_out_a_targets_own_prompt_and_fig4_does_not(reproduce, out):
