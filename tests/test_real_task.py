@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hgprompt import FrozenViT, PromptPool, fast_ensemble
+from hgprompt.bundled import fast_dtype
 from hgprompt.data import load_task, make_loader
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -31,9 +32,9 @@ def clip():
 
 
 def test_agrees_with_the_literal_loop(clip, all_cores):
-    pool = PromptPool.load(POOL).subset(["clipart", "fashion", "mnist", "textile"])
+    pool = PromptPool.load(POOL).subset(["clipart", "fashion", "mnist"])
     vit = FrozenViT.from_timm(clip)
-    loader = make_loader(load_task(SHARED / "suite" / "emoji"), vit.image_size, limit=32, batch_size=12)
+    loader = make_loader(load_task(SHARED / "suite" / "emoji"), vit.image_size, limit=24, batch_size=10)
     result = fast_ensemble(pool, loader, backbone=vit, lam=0.1, gradient_images=8)
 
     images = torch.cat([x for x, _ in loader])
@@ -49,9 +50,10 @@ def test_agrees_with_the_literal_loop(clip, all_cores):
     mixed = np.tensordot(result.weights.numpy(), features, axes=1)
     assert result.h_score == pytest.approx(literal.h_score(mixed, labels.numpy(), a), rel=1e-4)
     assert result.gap < 1e-6
-    assert result.n_images == 32
+    assert result.n_images == 24
 
 
+@pytest.mark.skipif(fast_dtype("cpu") is not torch.bfloat16, reason="bfloat16 is emulated here: ten minutes")
 def test_bfloat16_gives_the_same_weights(clip, all_cores):
     pool = PromptPool.load(POOL).subset(["clipart", "fashion", "mnist"])
     loader = list(make_loader(load_task(SHARED / "suite" / "stamps"), (112, 112), limit=40))
