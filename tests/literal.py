@@ -115,7 +115,9 @@ def temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 def tune(model, start, images, config, classes):
     """One tuning run, as in VPT's code: a prompt and a linear head, torch's optimiser, autograd throughout."""
-    generator = torch.Generator().manual_seed(config.seed)
+    from hgprompt.tuning.streams import stream  # what is drawn is a convention, no formula
+
+    generator = stream(config.seed, "head")
     bound = model.embed_dim**-0.5
     head = torch.nn.Linear(model.embed_dim, classes)
     with torch.no_grad():
@@ -134,7 +136,7 @@ def tune(model, start, images, config, classes):
     rising = int(config.warmup * steps)
     step, losses, dtype = 0, [], model.cls_token.dtype
     for epoch in range(config.epochs):
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
+        order = torch.randperm(len(images), generator=stream(config.seed, "order", epoch))
         for chosen in order.split(config.batch_size):
             batch = ((images.images[chosen].float() / 255 - 0.5) / 0.5).to(dtype)
             feature = features(model, prompt[None].to(dtype), batch)[0].float()

@@ -15,7 +15,7 @@ from hgprompt.errors import FileFormatError, OptionError
 from hgprompt.files import digest_of_tensors, read_safetensors, write_safetensors
 from hgprompt.result import is_number
 
-_FORMAT, _VERSION = "hgprompt-tuning", 2
+_FORMAT, _VERSION = "hgprompt-tuning", 3
 
 
 class Checkpoint:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from hgprompt.tuning.streams import stream
+
 HEAD = "head"
 """Names of parameters that begin so belong to the classifier: it has a learning rate of its own, and does not count as
 parameters of the method."""
@@ -79,7 +81,7 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def linear_head(width: int, num_classes: int, seed: int, device: torch.device) -> dict[str, Tensor]:
     """nn.Linear's start drawn with a seed: {"head.weight": [C, width], "head.bias": [C]}, leaves that require grad."""
     bound = width**-0.5
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed, "head")
     weight = (torch.rand(num_classes, width, generator=generator) * 2 - 1) * bound
     bias = (torch.rand(num_classes, generator=generator) * 2 - 1) * bound
     return {f"{HEAD}.weight": weight.to(device).requires_grad_(), f"{HEAD}.bias": bias.to(device).requires_grad_()}

@@ -19,6 +19,7 @@ from hgprompt.backbone import FrozenViT
 from hgprompt.tuning.config import TuneConfig
 from hgprompt.tuning.learner import HEAD, Learner, cross_entropies, linear_head
 from hgprompt.tuning.method import Setting
+from hgprompt.tuning.streams import stream
 
 
 class NetworkLearner(Learner):
@@ -88,5 +89,5 @@ def frozen_model(setting: Setting) -> Any:
 
 
 def generator(config: TuneConfig) -> torch.Generator:
-    """For a run's first values beside its head, which is drawn from the seed itself."""
-    return torch.Generator().manual_seed((config.seed * 1_000_003 + 1) % 2**63)
+    """For a run's first values beside its head."""
+    return stream(config.seed, "layers")

@@ -16,6 +16,7 @@ from hgprompt.tuning import trainer
 from hgprompt.tuning.config import TuneConfig
 from hgprompt.tuning.learner import HEAD, Learner, cross_entropies, linear_head
 from hgprompt.tuning.result import TuneResult
+from hgprompt.tuning.streams import stream
 
 Penalty = Callable[[Tensor, slice, slice], Tensor]
 """penalty(logits [r, b, C], runs, images) → [r], summed over those images."""
@@ -95,7 +96,7 @@ class PromptLearner(Learner):
         factors = []
         for config, of_run in zip(self.configs, self.parameters, strict=True):
             # A generator of the step alone: a resumed run draws what the undisturbed one drew.
-            generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) % 2**63)
+            generator = stream(config.seed, "prompt dropout", step)
             kept = torch.rand(of_run["prompt"].shape, generator=generator) >= config.prompt_dropout
             factors.append(kept.to(torch.float32) / (1 - config.prompt_dropout))
         return torch.stack(factors).to(self.backbone.device)

@@ -26,6 +26,7 @@ from hgprompt.progress import Progress, Reporter
 from hgprompt.tuning.checkpoint import Checkpoint, digest_of_images
 from hgprompt.tuning.config import TuneConfig
 from hgprompt.tuning.learner import HEAD, Learner
+from hgprompt.tuning.streams import stream
 
 Images = LabelledImages | ImageDataset
 
@@ -326,7 +327,7 @@ class _Batches:
 
 
 def _order(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))
+    return torch.randperm(count, generator=stream(seed, "order", epoch))
 
 
 def _batches(images: Images, order: Tensor, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -190,7 +190,7 @@ class TestEveryMethod:
             with torch.no_grad():
                 right = learner.logits(inputs)[0].argmax(1) == images.labels
             accuracy.append(right.double().mean().item())
-        assert accuracy[0] < 0.5  # chance is 0.25
+        assert accuracy[0] <= 0.5  # chance is 0.25; colours are so easy that a random head may tell two of them
         assert accuracy[1] > 0.75
 
 

@@ -17,7 +17,8 @@ from hgprompt.tuning.method import Cost, Setting
 from hgprompt.tuning.methods import CONTROLS, METHODS, attempt, panda, spot
 from hgprompt.tuning.methods.controls import BestSingle, EqualCompute, RandomWeights, WeightLearner
 from hgprompt.tuning.methods.hgprompt import HGPrompt, RawHGPrompt
-from hgprompt.tuning.methods.start import brief_config
+from hgprompt.tuning.methods.start import brief_config, early_prompt
+from hgprompt.tuning.streams import stream
 
 PROMPTS = {name: METHODS[name] for name in ("VPT", "SPoT", "ATTEMPT", "PANDA", "HGPrompt")} | CONTROLS
 TOKENS, SOURCES = 2, 3
@@ -272,7 +273,7 @@ def test_random_weights_are_uniform_on_the_simplex(model):
 
 def test_best_single_is_the_source_that_learns(model):
     setting = dataclasses.replace(_setting(model), train=_images(60))
-    order = torch.randperm(60, generator=torch.Generator().manual_seed(5))
+    order = torch.randperm(60, generator=stream(5, "held out"))
     held_out, rest = setting.train.subset(order[:12]), setting.train.subset(order[12:])
     # Each source tuned by itself.
     alone = {
@@ -285,6 +286,20 @@ def test_best_single_is_the_source_that_learns(model):
     assert report["source"] == max(alone, key=alone.get)
     assert torch.equal(start, setting.pool[report["source"]])
     assert cost == Cost(forward=12 * 3, backward=3 * 48 * 3)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "start"), [((3, 3, 3), 3), ((3, 3, 4), 5), ((3, None, 3), 5), ((2**70,) * 3, 5), (([3],) * 3, 5)], ids=str
+)
+def test_an_early_prompt_starts_where_all_sources_did(model, seeds, start):
+    setting = _setting(model)
+    records = {name: {"init_seed": seed} for name, seed in zip(setting.pool, seeds, strict=True)}
+    pool = PromptPool(dict(setting.pool), backbone=setting.pool.backbone, metadata=records)
+    early, _ = early_prompt(dataclasses.replace(setting, pool=pool), 5, 1)
+    begun = random_prompt(setting.backbone, TOKENS, seed=start)
+    tuned = tune(setting.backbone, {"early": begun}, setting.train, config=brief_config(1, 5)).prompt("early")
+    # The same sums in another blocking.
+    torch.testing.assert_close(early, tuned, rtol=1e-4, atol=1e-5)
 
 
 def test_equal_compute_adds_what_alpha_costs(model):

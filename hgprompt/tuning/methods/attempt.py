@@ -22,6 +22,7 @@ from hgprompt.tuning.learner import HEAD, Learner, cross_entropies, linear_head
 from hgprompt.tuning.method import Method, Prepared, Setting
 from hgprompt.tuning.methods.start import prompt_size, sources
 from hgprompt.tuning.prompts import linear_logits
+from hgprompt.tuning.streams import stream
 
 HIDDEN = 100
 """Width of the attention's inner layer."""
@@ -131,7 +132,7 @@ class ATTEMPT(Method):
 
 def attention_start(width: int, seed: int) -> dict[str, Tensor]:
     """G's parameters as nn.Linear and nn.LayerNorm draw them, without biases in the linear maps."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed, "attention")
 
     def linear(rows: int, columns: int) -> Tensor:
         return (torch.rand(rows, columns, generator=generator) * 2 - 1) * columns**-0.5

@@ -19,6 +19,7 @@ from hgprompt.tuning.methods.hgprompt import HGPrompt
 from hgprompt.tuning.methods.start import StartMethod, brief_config, mixture, named, sources
 from hgprompt.tuning.methods.vpt import VPT
 from hgprompt.tuning.prompts import PromptLearner, linear_logits, pull_back_runs
+from hgprompt.tuning.streams import stream
 from hgprompt.tuning.trainer import train
 
 _HELD_OUT = 0.2
@@ -44,7 +45,7 @@ class RandomWeights(StartMethod):
 
     def start(self, setting: Setting, seed: int) -> tuple[Tensor, Cost, dict[str, object]]:
         pool = sources(setting)
-        generator = torch.Generator().manual_seed(seed)
+        generator = stream(seed, "weights")
         # Exponential variables, divided by their sum. 1 - u is never 0.
         drawn = -torch.log(1 - torch.rand(len(pool), generator=generator, dtype=torch.float64))
         weights = drawn / drawn.sum()
@@ -65,7 +66,7 @@ class BestSingle(StartMethod):
 
     def start(self, setting: Setting, seed: int) -> tuple[Tensor, Cost, dict[str, object]]:
         pool, images = sources(setting), setting.train
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(images), generator=stream(seed, "held out"))
         held_out = max(1, round(_HELD_OUT * len(images)))
         rest = images.subset(order[held_out:])
         configs = [brief_config(self.epochs, seed)] * len(pool)

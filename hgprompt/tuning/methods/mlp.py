@@ -13,6 +13,7 @@ from hgprompt.tuning.config import TuneConfig
 from hgprompt.tuning.method import Method, Prepared, Setting
 from hgprompt.tuning.methods.linear import LinearLearner
 from hgprompt.tuning.network_learner import generator
+from hgprompt.tuning.streams import stream
 
 DROPOUT = 0.1
 EPSILON, MOMENTUM = 1e-5, 0.1  # nn.BatchNorm1d's
@@ -74,7 +75,7 @@ class MLPLearner(LinearLearner):
         """Dropout's factors [R, layers, B, h], from a run's seed and the step alone: a resumed run draws the same."""
         masks = []
         for seed in self.seeds:
-            source = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+            source = stream(seed, "dropout", step)
             masks.append(torch.rand(self.hidden, images, self.width, generator=source) >= DROPOUT)
         return torch.stack(masks).to(self.backbone.device, torch.float32) / (1 - DROPOUT)
 

@@ -97,12 +97,25 @@ def brief_config(epochs: int, seed: int) -> TuneConfig:
 
 
 def early_prompt(setting: Setting, seed: int, epochs: int) -> tuple[Tensor, Cost]:
-    """A target prompt [p, d] or [L, p, d] after a few epochs from a random start: what the target wants, roughly."""
+    """A target prompt [p, d] or [L, p, d] after a few epochs: what the target wants, roughly.
+
+    It starts where the sources did, if their records agree on it, and from a random start of the run's own if not: how
+    much two prompts are alike means little where they began apart.
+    """
     configs = [brief_config(epochs, seed)]
-    starts = [random_start(setting, seed)]
+    common = _common_seed(setting.pool)
+    starts = [random_start(setting, seed if common is None else common)]
     parameters = PromptLearner.start(setting.backbone, starts, setting.num_classes, configs)
     train(PromptLearner(setting.backbone, parameters, configs), configs, setting.train, num_classes=setting.num_classes)
     return parameters[0]["prompt"].detach().cpu(), Cost(backward=epochs * len(setting.train))
+
+
+def _common_seed(pool: PromptPool | None) -> int | None:
+    """The seed of the random start that all sources began from, as their records say."""
+    seeds = [record.get("init_seed") for record in pool.metadata.values()] if pool is not None else []
+    first = seeds[0] if seeds else None
+    agree = all(type(seed) is int and seed == first for seed in seeds)
+    return first if type(first) is int and agree and 0 <= first < 2**63 else None
 
 
 def mixture(pool: PromptPool, weights: Tensor) -> Tensor:
