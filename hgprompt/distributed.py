@@ -24,6 +24,12 @@ from torch import Tensor
 
 from hgprompt.errors import DistributedError
 
+if dist.is_available():
+    # Its functions' default argument is the group there is when it is imported, as timm and the compiler import it.
+    # Imported after init_process_group it keeps that group beyond destroy_process_group, and a thread of the group,
+    # letting go of its last tensor while Python ends, then aborts the process now and then. Now there is none to keep.
+    import torch.distributed.nn
+
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 28

@@ -7,6 +7,8 @@ import datetime
 import os
 import re
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 
@@ -490,3 +492,18 @@ def test_a_group_is_needed_where_one_is_named():
         fast_ensemble(torch.zeros(2, 2, 16), [], backbone=literal.tiny_vit(), process_group=object())
     with pytest.raises(OptionError, match="shard must be"):
         fast_ensemble(torch.zeros(2, 2, 16), [], backbone=literal.tiny_vit(), shard="classes")
+
+
+def test_nothing_keeps_a_group_that_was_destroyed():
+    # What would: default arguments of torch.distributed.nn, were it imported (by timm, here) when there is a group.
+    program = """
+import torch.distributed as dist
+import hgprompt.distributed
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+import timm
+import torch.distributed.nn.functional as functional
+assert functional.broadcast.__defaults__[-1] is None, functional.broadcast.__defaults__
+dist.destroy_process_group()
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
