@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import io
+import os
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -35,13 +36,15 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     is turned as its EXIF data says.
     """
     try:
-        with open_regular(path, MAX_IMAGE_BYTES) as file:
-            _check_webp(file, max_pixels)
-            with Image.open(file, formats=_decoders()) as image:
-                _check_size(*image.size, max_pixels)
-                if image.format in ("JPEG", "MPO"):  # the latter is a JPEG with several pictures
-                    _check_scans(file, image.size)
-                return _to_rgb(ImageOps.exif_transpose(image))
+        with open_regular(path, MAX_IMAGE_BYTES) as opened:
+            # In memory: a file's read() allocates all that is asked for, and decoders ask for what a header claims.
+            file = io.BytesIO(opened.read(os.fstat(opened.fileno()).st_size))
+        _check_webp(file, max_pixels)
+        with Image.open(file, formats=_decoders()) as image:
+            _check_size(*image.size, max_pixels)
+            if image.format in ("JPEG", "MPO"):  # the latter is a JPEG with several pictures
+                _check_scans(file, image.size)
+            return _to_rgb(ImageOps.exif_transpose(image))
     except (DataError, FileFormatError) as error:
         text = str(error)
         raise DataError(text if str(path) in text else f"{path} {text}") from error
@@ -65,7 +68,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise DataError(f"is {width}×{height} pixels, over the limit of {max_pixels}")
 
 
-def _check_webp(file: BinaryIO, max_pixels: int) -> None:
+def _check_webp(file: io.BytesIO, max_pixels: int) -> None:
     """Before Pillow opens it: its decoder allocates two canvases at once, of the size that the extended header says."""
     head = file.read(30)
     file.seek(0)
@@ -74,12 +77,9 @@ def _check_webp(file: BinaryIO, max_pixels: int) -> None:
         _check_size(width, height, max_pixels)
 
 
-def _check_scans(file: BinaryIO, size: tuple[int, int]) -> None:
+def _check_scans(file: io.BytesIO, size: tuple[int, int]) -> None:
     """In a JPEG's coded data a marker cannot stand by chance, so that its scans can be counted."""
-    place = file.tell()
-    file.seek(0)
-    scans = file.read().count(b"\xff\xda")
-    file.seek(place)
+    scans = file.getvalue().count(b"\xff\xda")
     if scans > MAX_SCANS or scans * size[0] * size[1] > MAX_SCANNED_PIXELS:
         raise DataError(
             f"is a JPEG of {scans} scans of {size[0]}×{size[1]} pixels: decoding would take too long "
