@@ -17,6 +17,7 @@ from hgprompt.paper.bench import COMPARED, method_cell, method_key, method_of
 from hgprompt.paper.cells import Cell
 from hgprompt.paper.embedding import NEIGHBOURS, embedding_cell, require_tsne
 from hgprompt.paper.lab import Lab
+from hgprompt.paper.paired import difference
 from hgprompt.paper.tables import Table, accuracy_table, escaped
 from hgprompt.paper.tasks import canonical
 from hgprompt.paper.weights import WEIGHING, cosines_cell, weights_cell
@@ -76,22 +77,59 @@ def _found(lab: Lab, method: str, task: str, records: Records) -> Mapping[str, A
     return records.get(method_key(method_of(method, lab.plan.lam), lab.task(task).name))
 
 
+def _accuracies(lab: Lab, method: str, request: Request, records: Records) -> dict[str, list[float]]:
+    """{task: accuracies, one per seed} of what is finished."""
+    found = {lab.task(task).name: _found(lab, method, task, records) for task in request.targets}
+    return {task: record["accuracies"] for task, record in found.items() if record is not None}
+
+
 def _table(lab: Lab, title: str, rows: Mapping[str, str], request: Request, records: Records) -> Table:
-    accuracies: dict[str, dict[str, list[float]]] = {}
+    accuracies = {row: _accuracies(lab, method, request, records) for row, method in rows.items()}
     parameters: dict[str, int] = {}
     for row, method in rows.items():
-        accuracies[row] = {}
         for task in request.targets:
             record = _found(lab, method, task, records)
             if record is not None:
-                accuracies[row][lab.task(task).name] = record["accuracies"]
                 parameters[row] = record["num_parameters"]
     return accuracy_table(title, accuracies, [lab.task(t) for t in request.targets], parameters=parameters)
 
 
 def _write_table1(lab: Lab, request: Request, records: Records) -> list[Path]:
     table = _table(lab, "Method", {m: m for m in request.methods}, request, records)
-    return _write_accuracies(lab, "table1", "Table 1: methods on VTAB-1k tasks", table, request, records, [])
+    pairs, files = _paired(lab, request, records)
+    return [
+        *_write_accuracies(lab, "table1", "Table 1: methods on VTAB-1k tasks", table, request, records, pairs),
+        *files,
+    ]
+
+
+def _paired(lab: Lab, request: Request, records: Records) -> tuple[list[str], list[Path]]:
+    """Paragraphs and a file of how HGPrompt stands to every other row, pair by pair; none where it is not compared."""
+    if HGPROMPT not in request.methods:
+        return [], []
+    tasks = [lab.task(task).name for task in request.targets]
+    ours = _accuracies(lab, HGPROMPT, request, records)
+    rows: list[list[object]] = []
+    for method in request.methods:
+        found = difference(ours, _accuracies(lab, method, request, records), tasks) if method != HGPROMPT else None
+        if found is not None:
+            rows.append([method, found.mean, found.error, found.p, found.ahead, found.ties, found.runs])
+    if not rows:
+        return [], []
+    file = lab.out / "table1-paired.csv"
+    write_text(file, _csv(["method", "mean", "standard_error", "p", "ahead", "ties", "runs"], rows))
+    shown = [
+        [str(method), f"{mean:+.1f}" + ("" if error is None else f" ± {error:.1f}"), f"{p:.3f}",
+         f"{ahead} of {runs}" + (f", {ties} ties" if ties else "")]
+        for method, mean, error, p, ahead, ties, runs in rows
+    ]  # fmt: skip
+    said = (
+        f"Paired differences: {HGPROMPT} minus each of the others on the same task with the same seed, in percentage "
+        f"points: mean over {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'} ± its standard error. p: two-sided, "
+        f"of flips of the tasks' signs; with so many tasks it is at least {2 / 2 ** len(tasks):.2g}, and no correction "
+        "for the number of rows is in it. Ahead: of all pairs of runs."
+    )
+    return [said, _markdown([f"{HGPROMPT} −", "difference", "p", "ahead"], shown)], [file]
 
 
 def _write_table2(lab: Lab, request: Request, records: Records) -> list[Path]:

@@ -93,6 +93,14 @@ def test_table1_and_what_the_experiments_share(reproduce, out):
     after = {p.name: p.stat().st_mtime_ns for p in (out / "cells").glob("*.json")}
     assert before.items() <= after.items()
     assert {*after} - {*before} == {"HGPrompt-lambda-0.ants.json", "HGPrompt.ants.json"}
+
+    said = reproduce("table1", "--tasks", "ants", "--methods", "HGPrompt,VPT,uniform")
+    assert "Paired differences" in said
+    (vpt, uniform) = csv.DictReader((out / "table1-paired.csv").open())
+    assert (vpt["method"], uniform["method"]) == ("VPT", "uniform")
+    of = {n: json.loads((out / "cells" / f"{n}.ants.json").read_text())["record"] for n in ("HGPrompt", "VPT")}
+    gained = np.subtract(of["HGPrompt"]["accuracies"], of["VPT"]["accuracies"])
+    assert float(vpt["mean"]) == pytest.approx(100 * gained.mean())
     report = json.loads((out / "cells" / "HGPrompt.ants.json").read_text())["record"]["report"]
     assert {seed: set(found["weights"]) for seed, found in report.items()} == {
         "seed 1": {"bees", "cats", "owls"}, "seed 2": {"bees", "cats", "owls"},
