@@ -17,6 +17,8 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from hgprompt import DistributedError, EnsembleStatistics, HGPromptError, OptionError, fast_ensemble, select_prompts
 from hgprompt.distributed import Ranks, slices
@@ -220,13 +222,12 @@ def _many_things(rank):
         _selects(rank),
         _goes_wrong(rank),
         _merges(rank),
-        _trains(rank, True),
-        _trains(rank, False),
+        *(_trains(rank, wrap, with_hgprompt) for wrap in ("DDP", "FSDP") for with_hgprompt in (True, False)),
     )
 
 
-def _trains(rank, with_hgprompt):
-    """Weights of a DDP model after a few steps, with or without calls between them, on a group of two of the ranks."""
+def _trains(rank, wrap, with_hgprompt):
+    """A rank's parameters after a few steps, with or without calls between them, on a group of two of the ranks."""
     model, prompts, images, labels = _problem()
     pairs = [dist.new_group([0, 3]), dist.new_group([1, 2])]
     group = pairs[0] if rank in (0, 3) else pairs[1]
@@ -234,12 +235,15 @@ def _trains(rank, with_hgprompt):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Dropout(), torch.nn.Linear(8, 3))
-    ddp = torch.nn.parallel.DistributedDataParallel(net)
-    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    if wrap == "DDP":
+        wrapped = torch.nn.parallel.DistributedDataParallel(net)
+    else:  # in place: every rank keeps a part of each parameter
+        wrapped = fully_shard(net, mesh=init_device_mesh("cpu", (WORLD,)))
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
     found = []
     for _ in range(3):
         with torch.autocast("cpu"):
-            loss = ddp(torch.randn(4, 6)).square().mean()
+            loss = wrapped(torch.randn(4, 6)).square().mean()
             if with_hgprompt:
                 states = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_rng_state(), net.training
                 mine = slice(dist.get_rank(group), None, 2)
@@ -260,7 +264,8 @@ def _trains(rank, with_hgprompt):
             result = fast_ensemble(prompts, _batches(images, labels), backbone=model, lam=0.0, process_group=group)
             assert torch.is_inference_mode_enabled()
             assert result.n_images == 2 * COUNT
-    return [p.detach().numpy().tobytes() for p in net.parameters()], found
+    parts = [p.detach() if wrap == "DDP" else p.detach().to_local() for p in net.parameters()]
+    return [part.numpy().tobytes() for part in parts], found
 
 
 @pytest.fixture(scope="module")
@@ -348,10 +353,12 @@ def test_an_error_of_all_is_told_on_all(together):
         assert "rank 0 of 4 failed while solving for the weights: PromptError" in told["solve"][1] or rank == 0
 
 
-def test_training_goes_on_with_the_same_bits(together):
+@pytest.mark.parametrize("wrap", ["DDP", "FSDP"])
+def test_training_goes_on_with_the_same_bits(together, wrap):
     model, prompts, images, labels = _problem()
     alone = fast_ensemble(prompts, _batches(images, labels), backbone=model)
-    for *_, (parameters, found), (untouched, _) in together:
+    for answers in together:
+        (parameters, found), (untouched, _) = answers[4:6] if wrap == "DDP" else answers[6:8]
         assert parameters == untouched
         assert len(found) == 3
         for weights in found:
