@@ -38,9 +38,14 @@ class MicroBatch:
 
     Args:
         size: at most; None: sized for the device.
+
+    Raises:
+        OptionError: a size below 1.
     """
 
     def __init__(self, size: int | None = None) -> None:
+        if size is not None and size < 1:
+            raise OptionError(f"micro_batch must be at least 1, got {size}")
         self.size = size
         self._halved: int | None = None
 
@@ -244,8 +249,6 @@ def resolve_micro_batch(backbone: FrozenViT, prompts: Tensor, micro_batch: int |
             free = _SHARE_OF_FREE_MEMORY * free_gpu_bytes(backbone.device)
             at_once = min(at_once, int(free / bytes_per_token(backbone, backward=backward)))
         return max(1, at_once // (backbone.num_image_tokens + prompts.shape[-2]))
-    if micro_batch < 1:
-        raise OptionError(f"micro_batch must be at least 1, got {micro_batch}")
     return micro_batch
 
 

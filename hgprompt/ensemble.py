@@ -21,7 +21,7 @@ from hgprompt import operations
 from hgprompt.backbone import FrozenViT
 from hgprompt.checkpoint import PassCheckpoint, identity_of
 from hgprompt.distributed import Ranks
-from hgprompt.encoder import Impl
+from hgprompt.encoder import Impl, MicroBatch
 from hgprompt.errors import DataError, HGPromptWarning, OptionError
 from hgprompt.inputs import Prompts, digest, gpu_of, num_batches, resolve
 from hgprompt.kernels.gram import grams, grams_reference
@@ -337,8 +337,7 @@ def _check_options(
         raise OptionError(f"gradient_images must be at least 0, got {gradient_images}")
     if gradient_images == 0 and lam > 0 and isinstance(head, str):
         raise OptionError("gradient_images=0 leaves nothing to align: set lam=0 as well, or let it have images")
-    if micro_batch is not None and micro_batch < 1:
-        raise OptionError(f"micro_batch must be at least 1, got {micro_batch}")
+    MicroBatch(micro_batch)  # which refuses a size below 1
 
 
 def _check_problem(statistics: EnsembleStatistics) -> None:

@@ -92,7 +92,7 @@ class SuccessiveHalving:
         if num_images < 1:
             raise OptionError(f"num_images must be at least 1, got {num_images}")
         self.size, self.shrinkage = size, shrinkage
-        self._count = num_prompts
+        self._count, self._announced = num_prompts, num_images
         self.survivors = torch.arange(num_prompts)
         self.statistics = EnsembleStatistics(keep="features")
         self.pairs = 0
@@ -117,6 +117,14 @@ class SuccessiveHalving:
     def finish(self) -> Ranking:
         """Greedy selection among the survivors, on all images; indices are those of the whole pool, and prompts that
         were eliminated are missing from the order."""
+        if self._eliminations:
+            warnings.warn(
+                f"the stream ended after {self.statistics.num_images} images, where num_images says "
+                f"{self._announced}: {len(self._eliminations)} rounds of elimination did not take place, and more was "
+                "spent than halving would have; pass the right num_images",
+                HGPromptWarning,
+                stacklevel=4,
+            )
         found = greedy_selection(self.statistics, self.size, shrinkage=self.shrinkage)
         alone = torch.full((self._count,), torch.nan, dtype=torch.float64)
         alone[self.survivors] = found.alone
@@ -210,6 +218,7 @@ def select_prompts(
         with ranks.together("checking the arguments"):
             if method not in ("halving", "greedy", "ranking"):
                 raise OptionError(f"method must be 'halving', 'greedy' or 'ranking', got {method!r}")
+            pairs = MicroBatch(micro_batch)  # one for all batches: what a GPU had no memory for is not tried again
             pool, stack, vit = resolve(prompts, backbone, device, dtype)
             check_size(size, len(pool))
         if not ranks.alone:
@@ -220,7 +229,6 @@ def select_prompts(
         stack, total = stack.to(vit.device, vit.dtype), num_batches(loader)
         halving: SuccessiveHalving | None = None
         everything = EnsembleStatistics(keep="features")
-        pairs = MicroBatch(micro_batch)  # one for all batches: what a GPU had no memory for is not tried again
         with contextlib.closing(read(loader, vit)) as own:
             batches = own if ranks.alone else same_batches(own, ranks, _READING)
             for position, (images, labels) in enumerate(batches, start=1):

@@ -177,6 +177,16 @@ def test_a_stream_too_short_to_judge_by_eliminates_nothing():
     assert len(halving.survivors) == 32
 
 
+def test_a_stream_shorter_than_announced_is_said_to_be():
+    features, labels = _pool(0)
+    halving = SuccessiveHalving(32, 4, 4000)  # ten times what comes: its second elimination would be at 800 images
+    for start in range(0, 400, 10):
+        batch = slice(start, start + 10)
+        halving.update(features[halving.survivors][:, batch], labels[batch])
+    with pytest.warns(HGPromptWarning, match="ended after 400 images, where num_images says 4000: . rounds"):
+        halving.finish()
+
+
 def test_a_sorted_stream_is_said_to_be_no_fair_sample():
     features, labels = _pool()
     by_class = labels.argsort()
@@ -248,6 +258,7 @@ def test_bad_options():
         {"size": 2, "device": "gpu"},
         {"size": 2, "method": "magic"},
         {"size": 2, "budget": 0.2},
+        {"size": 2, "micro_batch": 0},
     ):
         with pytest.raises(OptionError):
             select_prompts(prompts, [(torch.zeros(2, 3, 16, 16), torch.arange(2))], backbone=model, **options)
