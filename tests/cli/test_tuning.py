@@ -142,7 +142,7 @@ def test_two_commands_add_to_one_pool(place):
 
 
 def test_killed_in_the_middle_and_run_again(place):
-    arguments = ("train-source", "birds", "--tokens", "2", "--epochs", "40", "--batch-size", "4", *FAST[4:])
+    arguments = ("train-source", "birds", "--tokens", "2", "--epochs", "12", "--batch-size", "4", *FAST[4:])
     undisturbed = _run(place, *arguments, "--pool", "whole.safetensors")
     assert undisturbed.returncode == 0, undisturbed.stderr
     process = subprocess.Popen(
