@@ -98,7 +98,7 @@ def _write_table1(lab: Lab, request: Request, records: Records) -> list[Path]:
     table = _table(lab, "Method", {m: m for m in request.methods}, request, records)
     pairs, files = _paired(lab, request, records)
     return [
-        *_write_accuracies(lab, "table1", "Table 1: methods on VTAB-1k tasks", table, request, records, pairs),
+        *_write_accuracies(lab, "table1", "Table 1: every method on every task", table, request, records, pairs),
         *files,
     ]
 
@@ -120,7 +120,7 @@ def _paired(lab: Lab, request: Request, records: Records) -> tuple[list[str], li
     write_text(file, _csv(["method", "mean", "standard_error", "p", "ahead", "ties", "runs"], rows))
     shown = [
         [str(method), f"{mean:+.1f}" + ("" if error is None else f" ± {error:.1f}"), f"{p:.3f}",
-         f"{ahead} of {runs}" + (f", {ties} ties" if ties else "")]
+         f"{ahead} of {runs}" + ("" if not ties else ", 1 tie" if ties == 1 else f", {ties} ties")]
         for method, mean, error, p, ahead, ties, runs in rows
     ]  # fmt: skip
     said = (
@@ -329,7 +329,7 @@ EXPERIMENTS = {
     e.name: e
     for e in (
         Experiment(
-            "table1", "Table 1: methods on VTAB-1k tasks",
+            "table1", "Table 1: every method on every task",
             lambda lab, r: _method_cells(lab, r.methods, r.targets), _write_table1, methods=tuple(COMPARED),
         ),
         Experiment(
