@@ -120,7 +120,7 @@ class SuccessiveHalving:
         if self._eliminations:
             warnings.warn(
                 f"the stream ended after {self.statistics.num_images} images, where num_images says "
-                f"{self._announced}: {len(self._eliminations)} rounds of elimination did not take place, and more was "
+                f"{self._announced}: {len(self._eliminations)} elimination(s) did not take place, and more was "
                 "spent than halving would have; pass the right num_images",
                 HGPromptWarning,
                 stacklevel=4,

@@ -183,7 +183,7 @@ def test_a_stream_shorter_than_announced_is_said_to_be():
     for start in range(0, 400, 10):
         batch = slice(start, start + 10)
         halving.update(features[halving.survivors][:, batch], labels[batch])
-    with pytest.warns(HGPromptWarning, match="ended after 400 images, where num_images says 4000: . rounds"):
+    with pytest.warns(HGPromptWarning, match="ended after 400 images, where num_images says 4000: . elimination"):
         halving.finish()
 
 
