@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import Tensor
 from hgprompt.backbone import FrozenViT
 from hgprompt.data.images import LabelledImages
 from hgprompt.ensemble import fast_ensemble
-from hgprompt.errors import OptionError
+from hgprompt.errors import FileFormatError, OptionError
+from hgprompt.files import digest_of_tensors
 from hgprompt.pool import PromptPool
 from hgprompt.progress import Reporter
 from hgprompt.result import EnsembleResult
@@ -96,7 +98,7 @@ def compare_starts(
         evaluate_every: epochs between the points of the curves; the last epoch is always one.
         variants: further λ to mix with, as starts of their own ("HGPrompt λ=0").
         ensemble_options: of `fast_ensemble`.
-        folder: where to keep checkpoints; a comparison that was interrupted goes on from them.
+        folder: where to keep checkpoints, ensembles among them; a comparison that was interrupted goes on from them.
         progress: as for `fast_ensemble` and `tune`.
 
     Raises:
@@ -112,9 +114,15 @@ def compare_starts(
     ensembles, singles, seconds = [], [], [0.0] * len(epochs)
     for s, seed in enumerate(seeds):
         images = train(seed)
-        loader = images.batches(64)
-        options: dict[str, Any] = {"backbone": backbone, "seed": seed, "progress": progress} | (ensemble_options or {})
-        result = fast_ensemble(pool, loader, **options)
+        options: dict[str, Any] = {"seed": seed} | (ensemble_options or {})
+
+        def mix(options: dict[str, Any], images: LabelledImages = images) -> EnsembleResult:
+            def run() -> EnsembleResult:
+                return fast_ensemble(pool, images.batches(64), backbone=backbone, progress=progress, **options)
+
+            return run() if folder is None else _kept(folder, f"{backbone.fingerprint}{options}", pool, images, run)
+
+        result = mix(options)
         single = result.names[int(result.source_h_scores.argmax())]
         ensembles.append(result)
         singles.append(single)
@@ -125,7 +133,7 @@ def compare_starts(
             HGPROMPT: result.prompt,
         }
         for name, lam in zip(names[len(starts) :], variants, strict=True):
-            starts[name] = fast_ensemble(pool, loader, **(options | {"lam": lam})).prompt
+            starts[name] = mix(options | {"lam": lam}).prompt
         for e, budget in enumerate(epochs):
             longest = budget == max(epochs)
             tuned = tune(
@@ -151,3 +159,22 @@ def compare_starts(
         seconds=tuple(seconds),
         num_classes=test.num_classes,
     )
+
+
+def _kept(
+    folder: Path, what: str, pool: PromptPool, images: LabelledImages, run: Callable[[], EnsembleResult]
+) -> EnsembleResult:
+    """An ensemble of this pool for these images, from the folder if it is there, else made and kept.
+
+    Made again it may differ in its last bits (by the number of threads, say), and a checkpoint of its tuning would be
+    refused.
+    """
+    tensors = [*pool.values(), images.images, images.labels]
+    parts = f"{what}{list(pool)}{digest_of_tensors(tensors)}"
+    place = folder / f"ensemble-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
+    try:
+        return EnsembleResult.load(place)
+    except FileFormatError:  # not there, or of an earlier version
+        result = run()
+        result.save(place)
+        return result

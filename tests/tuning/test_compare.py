@@ -69,7 +69,7 @@ def test_is_tuning_from_each_start(vit, pool, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
-def test_goes_on_from_checkpoints(vit, pool, tmp_path):
+def test_goes_on_from_checkpoints(vit, pool, tmp_path, monkeypatch):
     options = {"seeds": (1,), "epochs": (4,), "config": CONFIG, "ensemble_options": {"gradient_images": 12, "folds": 4}}
     undisturbed = compare_starts(vit, pool, _draw, _draw(99), **options)
 
@@ -82,9 +82,36 @@ def test_goes_on_from_checkpoints(vit, pool, tmp_path):
 
     with pytest.raises(Stop):
         compare_starts(vit, pool, _draw, _draw(99), folder=tmp_path, progress=stop, **options)
-    assert len(list(tmp_path.iterdir())) == 1
-    resumed = compare_starts(vit, pool, _draw, _draw(99), folder=tmp_path, **options)
+    assert len(list(tmp_path.iterdir())) == 2  # the ensemble, and the tuning
+
+    def other_bits(*args, **options):  # as another number of threads has them: the checkpoint would be refused
+        result = fast_ensemble(*args, **options)
+        return dataclasses.replace(result, prompt=result.prompt * (1 + 1e-6))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hgprompt.tuning.compare.fast_ensemble", other_bits)
+        resumed = compare_starts(vit, pool, _draw, _draw(99), folder=tmp_path, **options)
     assert torch.equal(resumed.curves, undisturbed.curves)
+    assert resumed.record() == undisturbed.record() | {"seconds": list(resumed.seconds)}
+
+
+@pytest.mark.parametrize("other", ["images", "pool", "λ"])
+def test_an_ensemble_of_something_else_is_not_taken(vit, pool, tmp_path, other):
+    options = {"seeds": (1,), "epochs": (1,), "config": CONFIG, "ensemble_options": {"gradient_images": 12, "folds": 4}}
+    compare_starts(vit, pool, _draw, _draw(99), folder=tmp_path / "kept", **options)
+    for file in (tmp_path / "kept").glob("*.checkpoint.safetensors"):
+        file.unlink()  # a tuning refuses other images by itself
+    draw = _draw
+    if other == "images":
+        draw = lambda seed: _draw(seed + 1)  # noqa: E731
+    elif other == "pool":
+        pool = PromptPool({name: prompt * 2 for name, prompt in pool.items()}, backbone=vit.info)
+    else:
+        options["ensemble_options"] = options["ensemble_options"] | {"lam": 0.1}
+    found = compare_starts(vit, pool, draw, _draw(99), folder=tmp_path / "kept", **options)
+    fresh = compare_starts(vit, pool, draw, _draw(99), **options)
+    assert torch.equal(found.ensembles[0].weights, fresh.ensembles[0].weights)
+    assert torch.equal(found.curves, fresh.curves)
 
 
 def test_needs_seeds_and_budgets(vit, pool):
