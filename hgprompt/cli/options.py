@@ -114,6 +114,14 @@ HeadLearningRate = Annotated[
         rich_help_panel=TRAINING_PANEL,
     ),
 ]
+HeadStart = Annotated[
+    str,
+    typer.Option(
+        "--head",
+        help="What the linear head starts as: random, or fitted to the training images in closed form (one more pass).",
+        rich_help_panel=TRAINING_PANEL,
+    ),
+]
 WeightDecay = Annotated[float, typer.Option(help="Of prompt and head.", min=0.0, rich_help_panel=TRAINING_PANEL)]
 Warmup = Annotated[
     float,

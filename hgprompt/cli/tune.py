@@ -164,6 +164,7 @@ def tune(
     optimizer: options.Optimizer = "adamw",
     lr: options.LearningRate = 0.16,
     head_lr: options.HeadLearningRate = None,
+    head: options.HeadStart = "random",
     weight_decay: options.WeightDecay = 1e-4,
     warmup: options.Warmup = 0.1,
     prompt_dropout: options.PromptDropout = 0.0,
@@ -205,8 +206,9 @@ def tune(
             _check_backbone(info, vit, start)
         checkpoint = out / "checkpoint.safetensors"
         result = run(
-            vit, {_start_name(start): prompt}, images, test=tested, config=config, evaluate_every=evaluate_every,
-            checkpoint=checkpoint, progress=not (quiet or as_json), workers=available_cores(),
+            vit, {_start_name(start): prompt}, images, test=tested, config=config, head=head,  # type: ignore[arg-type]
+            evaluate_every=evaluate_every, checkpoint=checkpoint, progress=not (quiet or as_json),
+            workers=available_cores(),
         )  # fmt: skip
         files = [*result.save(out), out / "tuning.png"]
         plot_tuning(result, files[-1])

@@ -10,23 +10,23 @@ from hgprompt.errors import OptionError
 from hgprompt.paper.cells import Cell, Work
 from hgprompt.paper.lab import Lab
 from hgprompt.tuning.method import Method
-from hgprompt.tuning.methods import CONTROLS, METHODS, HGPrompt, RawHGPrompt
+from hgprompt.tuning.methods import CONTROLS, METHODS, FittedHGPrompt, HGPrompt, RawHGPrompt
 from hgprompt.tuning.protocol import GRIDS, select_and_retrain
 
 COMPARED: dict[str, Method] = METHODS | CONTROLS
+_WITH_LAMBDA = {kind.name: kind for kind in (HGPrompt, RawHGPrompt, FittedHGPrompt)}
 
 
 def method_of(name: str, lam: float = 1.0) -> Method:
-    """A method by its name. HGPrompt (and with raw H) has the given λ, and "HGPrompt λ=0" its own.
+    """A method by its name. HGPrompt (with raw H, or a fitted head) has the given λ, and "HGPrompt λ=0" its own.
 
     Raises:
         OptionError: no such method.
     """
     plain, _, own = name.partition(" λ=")
-    if plain in (HGPrompt.name, RawHGPrompt.name):
-        kind = HGPrompt if plain == HGPrompt.name else RawHGPrompt
+    if plain in _WITH_LAMBDA:
         try:
-            return kind(float(own) if own else lam)
+            return _WITH_LAMBDA[plain](float(own) if own else lam)
         except ValueError as error:
             raise OptionError(f"{name!r}: λ is a number from 0, got {own!r}") from error
     if name not in COMPARED:

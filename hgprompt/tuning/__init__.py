@@ -2,6 +2,7 @@
 
 from hgprompt.tuning.compare import Comparison, compare_starts
 from hgprompt.tuning.config import TuneConfig
+from hgprompt.tuning.head import fitted_head
 from hgprompt.tuning.prompts import PromptLearner, evaluate, tune
 from hgprompt.tuning.result import TuneResult
 from hgprompt.tuning.start import random_prompt
@@ -16,6 +17,7 @@ __all__ = [
     "accuracy",
     "compare_starts",
     "evaluate",
+    "fitted_head",
     "random_prompt",
     "train",
     "tune",

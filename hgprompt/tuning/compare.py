@@ -21,6 +21,7 @@ from hgprompt.pool import PromptPool
 from hgprompt.progress import Reporter
 from hgprompt.result import EnsembleResult
 from hgprompt.tuning.config import TuneConfig
+from hgprompt.tuning.head import HeadStart
 from hgprompt.tuning.prompts import tune
 from hgprompt.tuning.start import random_prompt
 
@@ -79,6 +80,7 @@ def compare_starts(
     seeds: Sequence[int] = (42, 44, 82),
     epochs: Sequence[int] = (10,),
     config: TuneConfig | None = None,
+    head: HeadStart = "random",
     evaluate_every: int = 1,
     variants: Sequence[float] = (),
     ensemble_options: dict[str, Any] | None = None,
@@ -94,7 +96,7 @@ def compare_starts(
         pool: source prompts; the target's own must not be among them.
         train: the training images of a seed. test: only ever evaluated.
         seeds, epochs: one run each of every start; epochs are separate budgets with their own schedule.
-        config: everything else of the tuning; its epochs and seed are not used.
+        config: everything else of the tuning; its epochs and seed are not used. head: as for `tune`.
         evaluate_every: epochs between the points of the curves; the last epoch is always one.
         variants: further λ to mix with, as starts of their own ("HGPrompt λ=0").
         ensemble_options: of `fast_ensemble`.
@@ -138,7 +140,8 @@ def compare_starts(
             longest = budget == max(epochs)
             tuned = tune(
                 backbone, starts, images, test=test, config=dataclasses.replace(config, epochs=budget, seed=seed),
-                evaluate_every=evaluate_every if longest else 0, progress=progress, stage=f"seed {s + 1}/{len(seeds)}",
+                head=head, evaluate_every=evaluate_every if longest else 0, progress=progress,
+                stage=f"seed {s + 1}/{len(seeds)}",
                 checkpoint=None if folder is None else folder / f"{test.name}-{budget}-{seed}.checkpoint.safetensors",
             )  # fmt: skip
             accuracy[e, s] = torch.tensor(tuned.history[-1]["test_accuracy"], dtype=torch.float64)

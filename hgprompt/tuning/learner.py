@@ -9,13 +9,14 @@ Letters in shapes: R runs, B images of a batch, C classes, h feature width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from hgprompt.tuning.head import HeadStart, fitted_head
 from hgprompt.tuning.streams import stream
 
 HEAD = "head"
@@ -30,9 +31,11 @@ class Learner(ABC):
         parameters: for each run, {name: leaf tensor, float32, requires grad}. The same names in every run.
         buffers: for each run, {name: tensor}: what training changes without a gradient (BatchNorm's statistics).
         caches: whether `prepare` does work that is worth keeping for every training image.
+        head: what linear heads start as: "random", as they were made, or "fitted" to the training images by `begin`.
     """
 
     caches: ClassVar[bool] = False
+    head: HeadStart = "random"
     parameters: Sequence[Mapping[str, Tensor]]
     buffers: Sequence[Mapping[str, Tensor]] = ()
 
@@ -40,6 +43,14 @@ class Learner(ABC):
         """What images [B, 3, H, W] become before anything that is trained: inputs [B, ...], the same for all runs and
         epochs."""
         return images
+
+    def begin(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Called before the first step, and not where training goes on from a checkpoint; here nothing.
+
+        Args:
+            batches: all training images [B, 3, H, W] and labels [B], once, in their own order.
+        """
+        return
 
     @abstractmethod
     def logits(self, inputs: Tensor, *, step: int | None = None) -> Tensor:
@@ -85,3 +96,15 @@ def linear_head(width: int, num_classes: int, seed: int, device: torch.device) -
     weight = (torch.rand(num_classes, width, generator=generator) * 2 - 1) * bound
     bias = (torch.rand(num_classes, generator=generator) * 2 - 1) * bound
     return {f"{HEAD}.weight": weight.to(device).requires_grad_(), f"{HEAD}.bias": bias.to(device).requires_grad_()}
+
+
+def fit_linear_heads(parameters: Sequence[Mapping[str, Tensor]], features: Tensor, labels: Tensor) -> None:
+    """Put `fitted_head`s of the runs' features [R, N, h] into their heads; runs with the same features share a fit."""
+    fitted: dict[int, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad():
+        for r, own in enumerate(parameters):
+            same = next((q for q in fitted if torch.equal(features[q], features[r])), r)
+            if same not in fitted:
+                fitted[same] = fitted_head(features[r], labels, len(own[f"{HEAD}.bias"]))
+            for name, value in zip(("weight", "bias"), fitted[same], strict=True):
+                own[f"{HEAD}.{name}"].copy_(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from hgprompt.backbone import FrozenViT
 from hgprompt.encoder import Impl, check_prompts, encode, pull_back
-from hgprompt.errors import PromptError
+from hgprompt.errors import OptionError, PromptError
 from hgprompt.progress import Reporter
 from hgprompt.tuning import trainer
 from hgprompt.tuning.config import TuneConfig
-from hgprompt.tuning.learner import HEAD, Learner, cross_entropies, linear_head
+from hgprompt.tuning.head import HEAD_STARTS, HeadStart
+from hgprompt.tuning.learner import HEAD, Learner, cross_entropies, fit_linear_heads, linear_head
 from hgprompt.tuning.result import TuneResult
 from hgprompt.tuning.streams import stream
 
@@ -29,6 +30,8 @@ class PromptLearner(Learner):
         backbone: the frozen network. parameters: for each run, "prompt" [p, d] or [L, p, d], "head.weight" [C, h] and
             "head.bias" [C]; `start` makes them.
         configs: of the runs, for the seed and share of prompt dropout; empty: none is dropped.
+        head: "random": heads start as the parameters say; "fitted": in closed form (`fitted_head`), on the features of
+            the training images under each run's starting prompt, one more pass forward.
         micro_batch, impl: as for `encode`.
     """
 
@@ -38,10 +41,12 @@ class PromptLearner(Learner):
         parameters: Sequence[Mapping[str, Tensor]],
         configs: Sequence[TuneConfig] = (),
         *,
+        head: HeadStart = "random",
         micro_batch: int | None = None,
         impl: Impl = "auto",
     ) -> None:
         self.backbone, self.parameters, self.configs = backbone, parameters, configs
+        self.head = head
         self.micro_batch: int | None = micro_batch
         self.impl: Impl = impl
 
@@ -62,6 +67,21 @@ class PromptLearner(Learner):
             }
             for prompt, config in zip(prompts, configs, strict=True)
         ]
+
+    def begin(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        if self.head == "random":
+            return
+        with torch.no_grad():
+            # Points of a grid start from one prompt: each different prompt is looked at once.
+            prompts = self._prompts()
+            distinct, which = torch.unique(prompts.flatten(1), dim=0, return_inverse=True)
+            distinct = distinct.view(-1, *prompts.shape[1:])
+            parts = [
+                (encode(self.backbone, distinct, images, micro_batch=self.micro_batch, impl=self.impl).cpu(), labels)
+                for images, labels in batches
+            ]
+        features, labels = torch.cat([f for f, _ in parts], dim=1).float(), torch.cat([y for _, y in parts])
+        fit_linear_heads(self.parameters, features[which.cpu()], labels)
 
     def logits(self, inputs: Tensor, *, step: int | None = None) -> Tensor:
         prompts = self._prompts()
@@ -156,6 +176,7 @@ def tune(
     test: trainer.Images | None = None,
     num_classes: int | None = None,
     config: TuneConfig | None = None,
+    head: HeadStart = "random",
     evaluate_every: int = 0,
     checkpoint: str | Path | None = None,
     progress: bool | Reporter = False,
@@ -174,6 +195,8 @@ def tune(
         train, test: images and labels. test is only ever evaluated.
         num_classes: C; None: train's (and test's, where it has more).
         config: how to tune; None: TuneConfig().
+        head: what the heads start as: "random", drawn with the config's seed, or "fitted" to the features of the
+            training images under each start, in closed form (`fitted_head`), which takes one more pass forward.
         evaluate_every: accuracy on `test` after every so many epochs; always after the last. 0: after the last alone.
         checkpoint: a file that is written after every epoch, whole or not at all. Where it is there already, the run
             continues from it and ends with the same bits as an undisturbed one.
@@ -186,11 +209,13 @@ def tune(
         loss stops being finite. FileFormatError, OptionError: a checkpoint that is damaged, or of another run.
     """
     config = config or TuneConfig()
+    if head not in HEAD_STARTS:
+        raise OptionError(f"head must be one of {', '.join(map(repr, HEAD_STARTS))}, got {head!r}")
     prompts = _checked(backbone, starts)
     names, configs = tuple(starts), [config] * len(prompts)
     num_classes = num_classes or max(train.num_classes, 0 if test is None else test.num_classes)
     parameters = PromptLearner.start(backbone, prompts, num_classes, configs)
-    learner = PromptLearner(backbone, parameters, configs, micro_batch=micro_batch, impl=impl)
+    learner = PromptLearner(backbone, parameters, configs, head=head, micro_batch=micro_batch, impl=impl)
     trained = trainer.train(
         learner, configs, train, test, num_classes=num_classes, evaluate_every=evaluate_every, names=names,
         strict=True, checkpoint=checkpoint, identity=identity_of(backbone), progress=progress, stage=stage,

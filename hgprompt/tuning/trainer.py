@@ -112,6 +112,8 @@ def train(
             "evaluate_every": evaluate_every,
             "configs": [dataclasses.asdict(config) for config in configs],
         }
+        if learner.head != "random":
+            described["head"] = learner.head
         store = Checkpoint(checkpoint, described)
         history = _load(store, runs)
     steps_per_epoch = -(-len(train) // config.batch_size)
@@ -124,6 +126,8 @@ def train(
             raise DataError(f"the loss of {bad} is not finite in epoch {epoch + 1}: a smaller lr may help")
 
     with torch.inference_mode(False), torch.enable_grad(), Progress.of(progress) as report:
+        if not history:
+            learner.begin(_batches(train, torch.arange(len(train)), config.batch_size, workers))
         batches = None if len(history) == config.epochs else _Batches(learner, configs, train, workers)
         for epoch in range(len(history), config.epochs):
             assert batches is not None

@@ -127,6 +127,17 @@ def test_the_head_learns_at_a_quarter_of_the_prompts_rate(place):
     assert TuneResult.load(place / "quarter").config.head_lr == pytest.approx(0.05)
 
 
+def test_the_head_starts_fitted_on_request(place):
+    still = ("--epochs", "1", "--lr", "0", "--head-lr", "0", "--device", "cpu", "--quiet")
+    accuracies = {}
+    for head in ("random", "fitted"):
+        done = _run(place, "tune", "stones", "--head", head, "-o", f"{head}-head", *still)
+        assert done.returncode == 0, done.stderr
+        accuracies[head] = TuneResult.load(place / f"{head}-head").history[-1]["train_accuracy"][0]
+    # Nothing is learned: what is right is right from the start. A random head guesses one of two classes.
+    assert accuracies["fitted"] > max(0.9, accuracies["random"])
+
+
 def test_two_commands_add_to_one_pool(place):
     """At the same time: neither loses what the other has tuned."""
     processes = [
@@ -210,6 +221,7 @@ def broken(place):
         (("train-source", "fruit", "--lr", "3e38"), 1, "lr must be"),
         (("tune", "procedural:azimuth", "--limit", "18", "--test", "val"), 1, "one split to test on"),
         (("tune", "fruit", "--start", "fruit"), 1, "neither an ensemble nor a tuned prompt"),
+        (("tune", "fruit", "--head", "lda"), 1, "head must be one of 'random', 'fitted'"),
         (("tune", "nowhere", "--out", "not-made"), 1, "no folder of images"),
         (("inspect", "fruit"), 1, "neither an ensemble nor a tuned prompt"),
         (("train-source", "fruit", "--pool", "file/pool.safetensors"), 1, "cannot write"),

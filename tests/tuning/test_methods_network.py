@@ -17,14 +17,25 @@ from hgprompt.tuning.config import TuneConfig
 from hgprompt.tuning.method import Setting
 from hgprompt.tuning.methods.adapter import HOULSBY_STD, Adapter
 from hgprompt.tuning.methods.bias import Bias
-from hgprompt.tuning.methods.linear import Linear
+from hgprompt.tuning.methods.linear import FittedLinear, Linear
 from hgprompt.tuning.methods.mlp import MLP
 from hgprompt.tuning.methods.partial import Partial
 from hgprompt.tuning.methods.sidetune import SideTune
 
 CLASSES = 4
 CONFIGS = [TuneConfig(seed=1), TuneConfig(seed=2), TuneConfig(seed=1)]
-METHODS = [Linear(), MLP(2), MLP(5), Partial(1), Partial(3), Adapter(4), Adapter(4, "vpt"), SideTune(), Bias()]
+METHODS = [
+    Linear(),
+    FittedLinear(),
+    MLP(2),
+    MLP(5),
+    Partial(1),
+    Partial(3),
+    Adapter(4),
+    Adapter(4, "vpt"),
+    SideTune(),
+    Bias(),
+]
 NETWORKS = {
     "plain": {},
     "LayerScale, mean, classifier": {"init_values": 0.5, "global_pool": "avg", "num_classes": 7},

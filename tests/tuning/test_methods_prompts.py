@@ -20,7 +20,8 @@ from hgprompt.tuning.methods.hgprompt import HGPrompt, RawHGPrompt
 from hgprompt.tuning.methods.start import brief_config, early_prompt
 from hgprompt.tuning.streams import stream
 
-PROMPTS = {name: METHODS[name] for name in ("VPT", "SPoT", "ATTEMPT", "PANDA", "HGPrompt")} | CONTROLS
+PROMPTS = {name: METHODS[name] for name in ("VPT", "SPoT", "ATTEMPT", "PANDA", "HGPrompt")}
+PROMPTS |= {name: control for name, control in CONTROLS.items() if control.kind == "prompt"}
 TOKENS, SOURCES = 2, 3
 
 
@@ -58,12 +59,16 @@ def test_learns_what_its_formula_counts(model, name, deep):
     trained = train(learner, prepared.configs or configs, setting.train)
     if not deep:
         assert min(trained.history[-1]["train_accuracy"]) > 0.8
-    assert trained.history[-1]["loss"][0] < trained.history[0]["loss"][0]
+    easy = learner.head == "fitted"  # which leaves next to nothing to learn of such a task
+    if easy:
+        assert min(trained.history[0]["train_accuracy"]) > 0.8
+    else:
+        assert trained.history[-1]["loss"][0] < trained.history[0]["loss"][0]
     counted = 0
     for name_, value in learner.parameters[0].items():
         assert value.dtype == torch.float32
         assert value.grad is not None
-        assert not torch.equal(value, before[0][name_])
+        assert value.grad.any() if easy else not torch.equal(value, before[0][name_])
         counted += 0 if name_.startswith(HEAD) else value.grad.numel()
     assert counted == learner.num_parameters == method.num_parameters(setting)
     # Seeds start apart: at least in the head.
@@ -328,8 +333,8 @@ def test_weights_by_cross_entropy_have_its_gradient():
 
 def test_refuses_pools_that_do_not_fit(model):
     setting = _setting(model)
-    for name, method in PROMPTS.items():
-        if name == "VPT":
+    for method in PROMPTS.values():
+        if not method.uses_pool:
             continue
         with pytest.raises(PromptError, match="give the setting a pool"):
             method.prepare(dataclasses.replace(setting, pool=None), [CONFIG])

@@ -4,15 +4,22 @@ from hgprompt.tuning.method import Method
 from hgprompt.tuning.methods.adapter import Adapter
 from hgprompt.tuning.methods.attempt import ATTEMPT
 from hgprompt.tuning.methods.bias import Bias
-from hgprompt.tuning.methods.controls import BestSingle, CrossEntropyWeights, EqualCompute, RandomWeights, Uniform
-from hgprompt.tuning.methods.hgprompt import HGPrompt, RawHGPrompt
-from hgprompt.tuning.methods.linear import Linear
+from hgprompt.tuning.methods.controls import (
+    BestSingle,
+    CrossEntropyWeights,
+    EqualCompute,
+    FittedUniform,
+    RandomWeights,
+    Uniform,
+)
+from hgprompt.tuning.methods.hgprompt import FittedHGPrompt, HGPrompt, RawHGPrompt
+from hgprompt.tuning.methods.linear import FittedLinear, Linear
 from hgprompt.tuning.methods.mlp import MLP
 from hgprompt.tuning.methods.panda import PANDA
 from hgprompt.tuning.methods.partial import Partial
 from hgprompt.tuning.methods.sidetune import SideTune
 from hgprompt.tuning.methods.spot import SPoT
-from hgprompt.tuning.methods.vpt import VPT
+from hgprompt.tuning.methods.vpt import VPT, FittedVPT
 
 METHODS: dict[str, Method] = {
     m.name: m
@@ -24,9 +31,13 @@ METHODS: dict[str, Method] = {
 """Table 1, in its order, by name."""
 
 CONTROLS: dict[str, Method] = {
-    m.name: m for m in (RawHGPrompt(), Uniform(), RandomWeights(), BestSingle(), EqualCompute(), CrossEntropyWeights())
-}
-"""Eq. 12 with the paper's own λ, and those without which no gain can be credited to α."""
+    m.name: m
+    for m in (
+        RawHGPrompt(), Uniform(), RandomWeights(), BestSingle(), EqualCompute(), CrossEntropyWeights(),
+        FittedHGPrompt(), FittedUniform(), FittedVPT(), FittedLinear(),
+    )
+}  # fmt: skip
+"""Eq. 12 with the paper's own λ; those without which no gain can be credited to α; heads that start in closed form."""
 
 __all__ = [
     "ATTEMPT",
@@ -40,6 +51,10 @@ __all__ = [
     "Bias",
     "CrossEntropyWeights",
     "EqualCompute",
+    "FittedHGPrompt",
+    "FittedLinear",
+    "FittedUniform",
+    "FittedVPT",
     "HGPrompt",
     "Linear",
     "Partial",

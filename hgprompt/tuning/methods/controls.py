@@ -37,6 +37,13 @@ class Uniform(StartMethod):
         return mixture(pool, torch.full((len(pool),), 1 / len(pool), dtype=torch.float64)), Cost(), {}
 
 
+class FittedUniform(Uniform):
+    """The same under a head in closed form."""
+
+    name = "uniform, fitted head"
+    head = "fitted"
+
+
 class RandomWeights(StartMethod):
     """α uniform on the simplex, Dirichlet(1), drawn with the seed."""
 

@@ -55,3 +55,10 @@ class RawHGPrompt(HGPrompt):
 
     name = "HGPrompt, raw H"
     normalize = False
+
+
+class FittedHGPrompt(HGPrompt):
+    """Under a head in closed form, fitted to the training images under Σ α_i P_i: not in the paper."""
+
+    name = "HGPrompt, fitted head"
+    head = "fitted"

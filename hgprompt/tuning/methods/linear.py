@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hgprompt.backbone import FrozenViT
 from hgprompt.tuning.config import TuneConfig
-from hgprompt.tuning.learner import HEAD, Learner, linear_head
+from hgprompt.tuning.head import HeadStart
+from hgprompt.tuning.learner import HEAD, Learner, fit_linear_heads, linear_head
 from hgprompt.tuning.method import Method, Prepared, Setting
 
 
@@ -19,14 +20,23 @@ class LinearLearner(Learner):
 
     caches: ClassVar[bool] = True
 
-    def __init__(self, backbone: FrozenViT, num_classes: int, configs: Sequence[TuneConfig]) -> None:
-        self.backbone = backbone
+    def __init__(
+        self, backbone: FrozenViT, num_classes: int, configs: Sequence[TuneConfig], head: HeadStart = "random"
+    ) -> None:
+        self.backbone, self.head = backbone, head
         self.parameters = [linear_head(backbone.width, num_classes, c.seed, backbone.device) for c in configs]
 
     def prepare(self, images: Tensor) -> Tensor:
         """Features [B, h] without a prompt, float32."""
         with torch.no_grad():
             return self.backbone(images).float()
+
+    def begin(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        if self.head == "random":
+            return
+        parts = [(self.prepare(images), labels) for images, labels in batches]
+        features, labels = torch.cat([f for f, _ in parts]).cpu(), torch.cat([y for _, y in parts])
+        fit_linear_heads(self.parameters, features.expand(len(self.parameters), -1, -1), labels)
 
     def logits(self, inputs: Tensor, *, step: int | None = None) -> Tensor:
         weight, bias = self.stacked(f"{HEAD}.weight"), self.stacked(f"{HEAD}.bias")
@@ -42,9 +52,17 @@ class Linear(Method):
 
     name = "Linear"
     kind = "linear"
+    head: ClassVar[HeadStart] = "random"
 
     def prepare(self, setting: Setting, configs: Sequence[TuneConfig]) -> Prepared:
-        return Prepared(LinearLearner(setting.backbone, setting.num_classes, configs))
+        return Prepared(LinearLearner(setting.backbone, setting.num_classes, configs, self.head))
 
     def num_parameters(self, setting: Setting) -> int:
         return 0
+
+
+class FittedLinear(Linear):
+    """The same from a head in closed form: what that alone is worth."""
+
+    name = "Linear, fitted head"
+    head = "fitted"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from hgprompt.errors import PromptError
 from hgprompt.pool import PromptPool
 from hgprompt.tuning.config import TuneConfig
+from hgprompt.tuning.head import HeadStart
 from hgprompt.tuning.method import Cost, Method, Prepared, Setting
 from hgprompt.tuning.prompts import PromptLearner
 from hgprompt.tuning.start import random_prompt
@@ -30,6 +31,7 @@ class StartMethod(Method):
     """A prompt and a linear head, trained from a start that the subclass finds."""
 
     kind = "prompt"
+    head: ClassVar[HeadStart] = "random"
 
     @abstractmethod
     def start(self, setting: Setting, seed: int) -> tuple[Tensor, Cost, dict[str, object]]:
@@ -38,7 +40,9 @@ class StartMethod(Method):
     def prepare(self, setting: Setting, configs: Sequence[TuneConfig]) -> Prepared:
         starts, cost, reports = per_seed(configs, lambda seed: self.start(setting, seed))
         parameters = PromptLearner.start(setting.backbone, starts, setting.num_classes, configs)
-        return Prepared(PromptLearner(setting.backbone, parameters, configs), cost, reports)
+        if self.head == "fitted":
+            cost += Cost(forward=len(setting.train) * len({config.seed for config in configs}))
+        return Prepared(PromptLearner(setting.backbone, parameters, configs, head=self.head), cost, reports)
 
     def num_parameters(self, setting: Setting) -> int:
         """p·d, in every block of a deep prompt."""

@@ -15,3 +15,10 @@ class VPT(StartMethod):
 
     def start(self, setting: Setting, seed: int) -> tuple[Tensor, Cost, dict[str, object]]:
         return random_start(setting, seed), Cost(), {}
+
+
+class FittedVPT(VPT):
+    """The same under a head in closed form, which needs no source."""
+
+    name = "VPT, fitted head"
+    head = "fitted"

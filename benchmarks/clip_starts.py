@@ -1,0 +1,104 @@
+"""What a start from other tasks' prompts is worth on a real CLIP ViT-B/16, by λ and with a fitted head.
+
+    python benchmarks/clip_starts.py --suite SUITE --load-clip WEIGHTS/load_clip.py --out OUT --tasks emoji stamps
+
+Each target meets the prompts of the seven other tasks (tests/assets/clip_suite_pool.safetensors), and is tuned from
+every start at once, on the same images in the same order: AdamW at the rates of the sources. One file for every task
+and seed; interrupted, the same command goes on with the task and seed where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch
+from real_task import POOL, load_clip
+
+from hgprompt import EnsembleStatistics, FrozenViT, PromptPool, encode, fast_ensemble
+from hgprompt.bundled import fast_dtype
+from hgprompt.data import LabelledImages, decode, load_task
+from hgprompt.data.folders import balanced
+from hgprompt.files import make_directory, write_text
+from hgprompt.optimize import WeightProblem
+from hgprompt.result import jsonable
+from hgprompt.tuning import TuneConfig, random_prompt, tune
+
+IMAGES, TEST_IMAGES, EPOCHS = 160, 200, 3
+SEEDS = (43, 44, 82)  # 42 is the seed of the sources' random start
+LAMBDAS = (1.0, 0.1, 0.0)
+FITTED = ("random", "uniform", "HGPrompt λ=0.1")
+CONFIG = TuneConfig(batch_size=32, optimizer="adamw", lr=0.16, head_lr=0.04, epochs=EPOCHS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suite", type=Path, required=True)
+    parser.add_argument("--load-clip", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    args = parser.parse_args()
+    vit = FrozenViT.from_timm(load_clip(args.load_clip, 112), dtype=fast_dtype("cpu"))
+    for seed in args.seeds:
+        for task in args.tasks:
+            done = make_directory(args.out) / f"{task}-{seed}.json"
+            if not done.exists():
+                record = measure(vit, args.suite / task, seed, args.out)
+                write_text(done, json.dumps(jsonable(record), allow_nan=False) + "\n")
+                print(task, seed, {k: round(v, 3) for k, v in record["accuracy"].items()}, flush=True)
+
+
+def measure(vit: FrozenViT, folder: Path, seed: int, out: Path) -> dict:
+    """One task and seed: accuracies after the last epoch, and the weights."""
+    pool = PromptPool.load(POOL).without(folder.name)
+    images = decode(load_task(folder, "train800val200"), vit.image_size, limit=IMAGES, seed=seed)
+    test = load_task(folder, "test")
+    chosen = balanced(test.samples, min(TEST_IMAGES, len(test.samples)), 0)
+    tested = decode(dataclasses.replace(test, samples=chosen), vit.image_size)
+    began = time.perf_counter()
+    ensemble = fast_ensemble(pool, images.batches(32), backbone=vit, seed=seed)
+    weights = {"HGPrompt": ensemble.weights} | mixtures(vit, pool, images, ensemble.gradient_cosines)
+    seconds = {"ensemble": time.perf_counter() - began}
+    single = ensemble.names[int(ensemble.source_h_scores.argmax())]
+    starts = {
+        "random": random_prompt(vit, pool.num_tokens, seed=seed),
+        "best single by H": pool[single],
+        "uniform": pool.stack().mean(0),
+        **{name: torch.tensordot(w.float(), pool.stack(), dims=1) for name, w in weights.items()},
+    }
+    accuracy = {}
+    config = dataclasses.replace(CONFIG, seed=seed)
+    for head in ("random", "fitted"):
+        taken = {k: v for k, v in starts.items() if head == "random" or k in FITTED}
+        tuned = tune(
+            vit, taken, images, test=tested, config=config, head=head,
+            checkpoint=out / f"{folder.name}-{seed}-{head}.checkpoint.safetensors",
+        )  # fmt: skip
+        seconds[head] = tuned.seconds
+        for k, name in enumerate(taken):
+            key = name if head == "random" else f"{name}, fitted head"
+            accuracy[key] = tuned.history[-1]["test_accuracy"][k]
+    return {
+        "task": folder.name, "seed": seed, "images": len(images), "test_images": len(tested), "best_single": single,
+        "accuracy": accuracy, "weights": {k: dict(zip(pool, w.tolist(), strict=True)) for k, w in weights.items()},
+        "h_score": ensemble.h_score, "source_h_scores": ensemble.source_h_scores.tolist(), "seconds": seconds,
+        "config": dataclasses.asdict(config), "dtype": str(vit.dtype), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def mixtures(vit: FrozenViT, pool: PromptPool, images: LabelledImages, gram: torch.Tensor) -> dict[str, torch.Tensor]:
+    """α of the other λ, from the same gradients and one pass for the features."""
+    kept = EnsembleStatistics(folds=8)
+    with torch.no_grad():
+        for batch, labels in images.batches(32):
+            kept.update(encode(vit, pool.stack(), batch), labels)
+    problem = WeightProblem(kept, gram)
+    return {f"HGPrompt λ={lam:g}": s.weights for lam, s in zip(LAMBDAS[1:], problem.path(LAMBDAS)[1:], strict=True)}
+
+
+if __name__ == "__main__":
+    main()
