@@ -73,24 +73,22 @@ def _method_cells(lab: Lab, methods: Sequence[str], targets: Sequence[str]) -> l
     return list({cell.key: cell for cell in cells}.values())
 
 
-def _found(lab: Lab, method: str, task: str, records: Records) -> Mapping[str, Any] | None:
-    return records.get(method_key(method_of(method, lab.plan.lam), lab.task(task).name))
+def _of(lab: Lab, method: str, request: Request, records: Records) -> dict[str, Mapping[str, Any]]:
+    """{task: record} of a method's finished cells."""
+    names = [lab.task(task).name for task in request.targets]
+    found = {name: records.get(method_key(method_of(method, lab.plan.lam), name)) for name in names}
+    return {name: record for name, record in found.items() if record is not None}
 
 
-def _accuracies(lab: Lab, method: str, request: Request, records: Records) -> dict[str, list[float]]:
-    """{task: accuracies, one per seed} of what is finished."""
-    found = {lab.task(task).name: _found(lab, method, task, records) for task in request.targets}
-    return {task: record["accuracies"] for task, record in found.items() if record is not None}
+def _accuracies(found: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
+    """{task: accuracies, one per seed}"""
+    return {task: record["accuracies"] for task, record in found.items()}
 
 
 def _table(lab: Lab, title: str, rows: Mapping[str, str], request: Request, records: Records) -> Table:
-    accuracies = {row: _accuracies(lab, method, request, records) for row, method in rows.items()}
-    parameters: dict[str, int] = {}
-    for row, method in rows.items():
-        for task in request.targets:
-            record = _found(lab, method, task, records)
-            if record is not None:
-                parameters[row] = record["num_parameters"]
+    found = {row: _of(lab, method, request, records) for row, method in rows.items()}
+    accuracies = {row: _accuracies(of_tasks) for row, of_tasks in found.items()}
+    parameters = {row: r["num_parameters"] for row, of_tasks in found.items() for r in of_tasks.values()}
     return accuracy_table(title, accuracies, [lab.task(t) for t in request.targets], parameters=parameters)
 
 
@@ -108,10 +106,12 @@ def _paired(lab: Lab, request: Request, records: Records) -> tuple[list[str], li
     if HGPROMPT not in request.methods:
         return [], []
     tasks = [lab.task(task).name for task in request.targets]
-    ours = _accuracies(lab, HGPROMPT, request, records)
+    ours = _accuracies(_of(lab, HGPROMPT, request, records))
     rows: list[list[object]] = []
     for method in request.methods:
-        found = difference(ours, _accuracies(lab, method, request, records), tasks) if method != HGPROMPT else None
+        if method == HGPROMPT:
+            continue
+        found = difference(ours, _accuracies(_of(lab, method, request, records)), tasks)
         if found is not None:
             rows.append([method, found.mean, found.error, found.p, found.ahead, found.ties, found.runs])
     if not rows:
@@ -314,11 +314,9 @@ def _write_fig6(lab: Lab, request: Request, records: Records) -> list[Path]:
     below = ["Test accuracy in %, tuned from the mixture that each λ of -H + λ L_align gives (Eq. 12)."]
     files = _write_text(lab, "fig6", title, table.markdown(), table.csv(), below, request)
     curves: dict[str, dict[float, Sequence[float]]] = {}
-    for task in request.targets:
-        found = {lam: _found(lab, _at(lam), task, records) for lam in LAMBDAS}
-        done = {lam: record["accuracies"] for lam, record in found.items() if record is not None}
-        if done:
-            curves[_title(lab, task)] = done
+    for lam in LAMBDAS:
+        for task, accuracies in _accuracies(_of(lab, _at(lam), request, records)).items():
+            curves.setdefault(_title(lab, task), {})[lam] = accuracies
     if curves:
         plot_lambda(curves, lab.out / "fig6.png")
         files.append(lab.out / "fig6.png")

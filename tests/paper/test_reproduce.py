@@ -150,6 +150,21 @@ def test_fig5_says_at_once_what_it_lacks(reproduce, monkeypatch):
     assert "pip install 'hgprompt[paper]'" in reproduce("fig5", "--tasks", "owls", code=1)
 
 
+def test_fig6(reproduce, out):
+    reproduce("fig6", "--tasks", "owls")
+    rows = list(csv.DictReader((out / "fig6.csv").open()))
+    cells = {p.name.removesuffix(".owls.json"): p for p in (out / "cells").glob("HGPrompt-raw-H*.owls.json")}
+    lams = [key.removeprefix("HGPrompt-raw-H").removeprefix("-lambda-") or "1" for key in cells]
+    assert sorted(map(float, lams)) == [0.1, 0.2, 0.5, 1, 2, 5, 10]
+    assert len(rows) == 7
+    for row in rows:
+        lam = float(row["λ"].partition("λ=")[2])
+        (cell,) = (path for path, at in zip(cells.values(), lams, strict=True) if float(at) == lam)
+        record = json.loads(cell.read_text())["record"]
+        assert float(row["owls mean"]) == pytest.approx(100 * np.mean(record["accuracies"]))
+    assert _is_picture(out / "fig6.png")
+
+
 def test_wrong_wishes(reproduce, root, tmp_path):
     assert "there are table1, table2" in reproduce("table3", code=1)
     assert "no method is called 'SPOT'" in reproduce("table1", "--methods", "SPOT", "--tasks", "own", code=1)
