@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hgprompt.backbone import FrozenViT
+from hgprompt.batch_checks import check_labels
 from hgprompt.bundled import load_backbone
 from hgprompt.distributed import Ranks
 from hgprompt.encoder import check_prompts
 from hgprompt.errors import BackboneError, DataError, DistributedError, HGPromptError, OptionError, of_a_worker
 from hgprompt.pool import PromptPool
-from hgprompt.statistics import check_labels
 from hgprompt.workers import end_workers, failure_in_words
 
 Prompts = PromptPool | Mapping[str, Tensor] | Sequence[Tensor] | Tensor

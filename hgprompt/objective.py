@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hgprompt.batch_checks import check_labels
 from hgprompt.errors import DataError, OptionError, PromptError
 from hgprompt.kernels.gram import gram, gram_reference
 from hgprompt.mixture import (
@@ -33,7 +34,7 @@ from hgprompt.mixture import (
     tells_apart,
 )
 from hgprompt.simplex import Function, Vector
-from hgprompt.statistics import EnsembleStatistics, check_labels
+from hgprompt.statistics import EnsembleStatistics
 
 Shrinkage = Literal["auto", "ledoit-wolf", "oas"] | float
 # Where features lie beyond, fourth powers and the squares of gradients leave float64's range.

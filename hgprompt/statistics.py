@@ -13,13 +13,13 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from hgprompt.batch_checks import FiniteCheck, check_labels
 from hgprompt.distributed import Ranks, default_group
 from hgprompt.errors import DataError, OptionError, StatisticsError
 from hgprompt.memory import Footprint, Representation, available_bytes, footprint, in_words
@@ -75,7 +75,7 @@ class EnsembleStatistics:
         self._labels: list[Tensor] = []
         self._fold_of: list[Tensor] = []
         self._moments: list[Moments] | None = None
-        self._finite = _FiniteCheck()
+        self._finite = FiniteCheck()
 
     @property
     def num_images(self) -> int:
@@ -521,62 +521,6 @@ class EnsembleStatistics:
             _add_by_fold(moments, *batch)
         logger.info("%d images: moments take the place of features from here on", self._num_images)
         self._moments, self._features, self._labels, self._fold_of = moments, [], [], []
-
-
-class _FiniteCheck:
-    """Are features finite? On a CPU the answer comes at once; on a GPU, two batches later, so that the host never waits
-    for the batch that is being computed."""
-
-    def __init__(self) -> None:
-        self._pending: deque[tuple[torch.cuda.Event, Tensor, int]] = deque()
-
-    def check(self, features: Tensor, position: int) -> None:
-        """Note one batch [M, B, h], which comes after image number `position`; DataError for it or an earlier one."""
-        finite = features.flatten(1).isfinite().all(1)
-        if not features.is_cuda:
-            self._require(finite, position)
-            return
-        with torch.cuda.device(features.device):
-            host = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
-            host.copy_(finite, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._pending.append((event, host, position))
-        self._finish(2)
-
-    def finish(self) -> None:
-        """Wait for all that was noted; DataError as for `check`."""
-        self._finish(0)
-
-    def _finish(self, left: int) -> None:
-        while len(self._pending) > left:
-            event, finite, position = self._pending[0]
-            event.synchronize()
-            self._require(finite, position)  # what is not finite stays the answer, however often it is asked for
-            self._pending.popleft()
-
-    @staticmethod
-    def _require(finite: Tensor, position: int) -> None:
-        if not bool(finite.all()):
-            bad = torch.nonzero(~finite).flatten().tolist()
-            raise DataError(
-                f"features of prompt {bad[0]} are not finite (all: {bad[:5]}; batch after image {position}): "
-                "look for NaN or overflow in the images, the prompts or the compute dtype"
-            )
-
-
-def check_labels(labels: Tensor, expected: int) -> Tensor:
-    """Labels [B] as int64 on the CPU, or DataError."""
-    if not isinstance(labels, Tensor):
-        raise DataError(f"labels must be a torch.Tensor [B] of integers, got {type(labels).__name__}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise DataError(f"labels must be integer class indices, got {labels.dtype}")
-    if labels.ndim != 1 or len(labels) != expected:
-        raise DataError(f"labels must be [{expected}], one per image, got {list(labels.shape)}")
-    labels = labels.detach().to("cpu", torch.int64)
-    if expected and int(labels.min()) < 0:
-        raise DataError(f"labels must be class indices from 0 on, got {int(labels.min())}: drop unlabelled images")
-    return labels
 
 
 def _add_by_fold(moments: list[Moments], features: Tensor, labels: Tensor, fold_of: Tensor) -> None:

@@ -233,7 +233,7 @@ def test_features_that_are_found_late_not_to_be_finite_replace_no_checkpoint(tmp
 
     _interrupt(tmp_path, 3)
     before = (tmp_path / FILE).read_bytes()
-    monkeypatch.setattr("hgprompt.statistics._FiniteCheck.check", late)
+    monkeypatch.setattr("hgprompt.batch_checks.FiniteCheck.check", late)
     encode, calls = hgprompt.one_pass.encode, itertools.cycle(range(3))
 
     def broken(*arguments, **options):

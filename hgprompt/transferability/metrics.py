@@ -19,9 +19,9 @@ import math
 import torch
 from torch import Tensor
 
+from hgprompt.batch_checks import check_labels
 from hgprompt.errors import DataError, OptionError
 from hgprompt.moments import class_sums
-from hgprompt.statistics import check_labels
 
 __all__ = ["leep", "log_me", "nce", "trace_ratio", "transrate"]
 
