@@ -385,7 +385,7 @@ def _write_text(
         f"{plan.tokens} {kind} prompt tokens",
         f"epochs: {plan.epochs} on targets" + ("" if lab.pool_given else f", {plan.source_epochs} on sources"),
         f"a pool of {len(lab.sources())} given prompts" if lab.pool_given else f"{len(lab.sources())} sources",
-        f"λ = {plan.lam:g} (of -H/(C-1) + λ L_align)",
+        "λ as in each row" if name == "fig6" else f"λ = {plan.lam:g} (of -H/(C-1) + λ L_align)",
         f"seeds {', '.join(map(str, plan.seeds))}",
         f"{plan.grid} grid, batches of {plan.batch_size}, {str(vit.dtype).removeprefix('torch.')}",
         "all test images" if plan.test_limit is None else f"at most {plan.test_limit} test images of a task",

@@ -163,6 +163,7 @@ def test_fig6(reproduce, out):
         record = json.loads(cell.read_text())["record"]
         assert float(row["owls mean"]) == pytest.approx(100 * np.mean(record["accuracies"]))
     assert _is_picture(out / "fig6.png")
+    assert "λ as in each row" in (out / "fig6.md").read_text()
 
 
 def test_wrong_wishes(reproduce, root, tmp_path):
