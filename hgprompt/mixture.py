@@ -179,7 +179,11 @@ class FeatureMixture:
 
     def _mix(self, weights: Tensor) -> Tensor:
         """Σ α_i (f_i - mean_i), [N, h], float64."""
-        if self.features.is_cuda:
+        if self.features.dtype == torch.float64:
+            # Mixed first, features far from zero would be rounded to the digits of their mean, and lose their spread.
+            # Narrower features have digits to spare in float64.
+            f = sum((w * self.centred(i) for i, w in enumerate(weights)), torch.zeros_like(self.centred(0)))
+        elif self.features.is_cuda:
             f = mix(self.features, self.means, weights)
         else:
             f = mixed(self.features, weights) - mixed(self.means, weights)
@@ -313,7 +317,8 @@ def scaled_class_means(moments: Moments) -> Tensor:
 
 def rounding_noise(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
     """Spread that rounding alone may make of features that are all the same, of this mean square and dtype."""
-    return (2 * torch.finfo(dtype).eps) ** 2 * magnitude
+    # 2.2 eps were seen of a network in float32 whose features could not differ.
+    return (4 * torch.finfo(dtype).eps) ** 2 * magnitude
 
 
 def mixed_noise(noise: Tensor, weights: Tensor, spread: Tensor | None = None) -> Tensor:

@@ -666,3 +666,21 @@ def test_finite_or_refused(problem, keep, shrinkage, folds):
     covariance = whole.source_covariance
     assert not covariance.isinf().any()
     assert not rank_std(whole.source_h_scores, covariance).isinf().any()
+
+
+@pytest.mark.parametrize("keep", ["features", "moments"])
+def test_features_that_differ_in_their_last_digits(keep):
+    """Of two images of two classes H is 1 without shrinkage, whatever the features are, if they differ at all."""
+    rng = np.random.default_rng(0)
+    ulp = np.spacing(1e4)
+    solved = 0
+    for m in (1, 2, 4):
+        features = torch.from_numpy(1e4 + ulp * rng.integers(-40, 41, (m, 2, 1)))
+        try:
+            problem = WeightProblem(_statistics(features, torch.arange(2), keep, 1), shrinkage=0.0, starts=2)
+        except HGPromptError:  # no further apart than rounding alone may put them
+            continue
+        solved += 1
+        # Differences of neighbouring float64 numbers are exact: what is left is the rounding of small sums.
+        assert problem.solve(0.0).diagnostics.h_score == pytest.approx(1, abs=1e-9)
+    assert solved
