@@ -4,7 +4,8 @@
 
 Each target meets the prompts of the seven other tasks (tests/assets/clip_suite_pool.safetensors), and is tuned from
 every start at once, on the same images in the same order: AdamW at the rates of the sources. One file for every task
-and seed; interrupted, the same command goes on with the task and seed where it was.
+and seed; interrupted, the same command goes on with the next that is not there. It is for one thread: with another
+number of threads mixtures differ in their last bits, and a tuning that was begun is refused.
 """
 
 from __future__ import annotations

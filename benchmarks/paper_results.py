@@ -1,9 +1,10 @@
 """Gather what `hgprompt reproduce` found into one file of results.
 
-    python benchmarks/paper_results.py OUT [OUT ...] --to benchmarks/results/paper.json --command "hgprompt reproduce …"
+    python benchmarks/paper_results.py OUT [OUT ...] --to RESULT.json --command "hgprompt …" --device "two cores"
 
 Each folder becomes an entry: its cells, with the accuracy of every run, the rates that were chosen and on which grid,
-costs, weights and seconds; and what all of them were made with.
+costs, weights and seconds; and what all of them were made with. For the environment that made them: versions are
+recorded.
 """
 
 from __future__ import annotations

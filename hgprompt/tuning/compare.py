@@ -22,7 +22,7 @@ from hgprompt.progress import Reporter
 from hgprompt.result import EnsembleResult
 from hgprompt.tuning.config import TuneConfig
 from hgprompt.tuning.head import HeadStart
-from hgprompt.tuning.prompts import tune
+from hgprompt.tuning.prompts import identity_of, tune
 from hgprompt.tuning.start import random_prompt
 
 RANDOM, SINGLE, UNIFORM, HGPROMPT = "random", "best single", "uniform", "HGPrompt"
@@ -122,7 +122,7 @@ def compare_starts(
             def run() -> EnsembleResult:
                 return fast_ensemble(pool, images.batches(64), backbone=backbone, progress=progress, **options)
 
-            return run() if folder is None else _kept(folder, f"{backbone.fingerprint}{options}", pool, images, run)
+            return run() if folder is None else _kept(folder, f"{identity_of(backbone)}{options}", pool, images, run)
 
         result = mix(options)
         single = result.names[int(result.source_h_scores.argmax())]

@@ -20,19 +20,23 @@ def fitted_head(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
     """Linear discriminant analysis with priors, its covariance shrunk by Ledoit and Wolf's intensity, at a temperature.
 
     With fewer images than features, LDA is right far more often than it is calibrated (docs/choices.md): its logits are
-    divided by the temperature of the least cross-entropy on held-out images (eight folds), which is never below 1.
+    divided by the temperature of the least cross-entropy on held-out images (at most eight folds, with a share of every
+    class in each), which is never below 1. The order of the images does not matter.
 
     Args:
         features: [N, h]. labels: [N], from 0 to C - 1. num_classes: C.
 
     Returns:
-        weight [C, h] and bias [C], float32, on the CPU. A class without images has the weights of the mean of all and
-        the prior of half an image.
+        weight [C, h] and bias [C], float32, on the CPU. A class without images has zero weights, as if its mean were
+        that of all, and the prior of half an image.
 
     Raises:
         DataError: features that are not finite.
     """
     device = torch.device("cpu")
+    # Image n goes to fold n mod folds: side by side, the images of a class are dealt to all of them.
+    order = labels.argsort(stable=True)
+    features, labels = features[order.to(features.device)], labels[order]
     folds = max(1, min(_FOLDS, len(labels)))
     crossed, whole = EnsembleStatistics(folds=folds), EnsembleStatistics(folds=1)
     for statistics in (crossed, whole):

@@ -43,7 +43,7 @@ class Trained:
             train_accuracy (means over the epoch's steps, before each step) and, where it was measured, test_accuracy.
             A run that diverged has a loss of NaN and an accuracy of 0 from that epoch on.
         diverged: for each run, whether its loss or its parameters stopped being finite.
-        seconds: of training, without evaluation (this call's alone after a resume).
+        seconds: of training, without evaluation and without fitting heads (this call's alone after a resume).
     """
 
     history: tuple[dict[str, Any], ...]

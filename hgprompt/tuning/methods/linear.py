@@ -12,7 +12,7 @@ from hgprompt.backbone import FrozenViT
 from hgprompt.tuning.config import TuneConfig
 from hgprompt.tuning.head import HeadStart
 from hgprompt.tuning.learner import HEAD, Learner, fit_linear_heads, linear_head
-from hgprompt.tuning.method import Method, Prepared, Setting
+from hgprompt.tuning.method import Cost, Method, Prepared, Setting
 
 
 class LinearLearner(Learner):
@@ -55,7 +55,8 @@ class Linear(Method):
     head: ClassVar[HeadStart] = "random"
 
     def prepare(self, setting: Setting, configs: Sequence[TuneConfig]) -> Prepared:
-        return Prepared(LinearLearner(setting.backbone, setting.num_classes, configs, self.head))
+        learner = LinearLearner(setting.backbone, setting.num_classes, configs, self.head)
+        return Prepared(learner, Cost(forward=len(setting.train)) if self.head == "fitted" else Cost())
 
     def num_parameters(self, setting: Setting) -> int:
         return 0
