@@ -182,7 +182,7 @@ class FeatureMixture:
         if self.features.dtype == torch.float64:
             # Mixed first, features far from zero would be rounded to the digits of their mean, and lose their spread.
             # Narrower features have digits to spare in float64.
-            f = sum((w * self.centred(i) for i, w in enumerate(weights)), torch.zeros_like(self.centred(0)))
+            f = sum((w * self.centred(i) for i, w in enumerate(weights)), self.means.new_zeros(()))
         elif self.features.is_cuda:
             f = mix(self.features, self.means, weights)
         else:

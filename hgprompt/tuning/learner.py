@@ -98,13 +98,14 @@ def linear_head(width: int, num_classes: int, seed: int, device: torch.device) -
     return {f"{HEAD}.weight": weight.to(device).requires_grad_(), f"{HEAD}.bias": bias.to(device).requires_grad_()}
 
 
-def fit_linear_heads(parameters: Sequence[Mapping[str, Tensor]], features: Tensor, labels: Tensor) -> None:
-    """Put `fitted_head`s of the runs' features [R, N, h] into their heads; runs with the same features share a fit."""
+def fit_linear_heads(
+    parameters: Sequence[Mapping[str, Tensor]], features: Tensor, which: Sequence[int], labels: Tensor
+) -> None:
+    """Put `fitted_head`s of features [K, N, h] into the heads of the runs: run r has those of features which[r]."""
     fitted: dict[int, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
-        for r, own in enumerate(parameters):
-            same = next((q for q in fitted if torch.equal(features[q], features[r])), r)
-            if same not in fitted:
-                fitted[same] = fitted_head(features[r], labels, len(own[f"{HEAD}.bias"]))
-            for name, value in zip(("weight", "bias"), fitted[same], strict=True):
+        for own, k in zip(parameters, which, strict=True):
+            if k not in fitted:
+                fitted[k] = fitted_head(features[k], labels, len(own[f"{HEAD}.bias"]))
+            for name, value in zip(("weight", "bias"), fitted[k], strict=True):
                 own[f"{HEAD}.{name}"].copy_(value)

@@ -81,7 +81,7 @@ class PromptLearner(Learner):
                 for images, labels in batches
             ]
         features, labels = torch.cat([f for f, _ in parts], dim=1).float(), torch.cat([y for _, y in parts])
-        fit_linear_heads(self.parameters, features[which.cpu()], labels)
+        fit_linear_heads(self.parameters, features, which.tolist(), labels)
 
     def logits(self, inputs: Tensor, *, step: int | None = None) -> Tensor:
         prompts = self._prompts()

@@ -36,7 +36,7 @@ class LinearLearner(Learner):
             return
         parts = [(self.prepare(images), labels) for images, labels in batches]
         features, labels = torch.cat([f for f, _ in parts]).cpu(), torch.cat([y for _, y in parts])
-        fit_linear_heads(self.parameters, features.expand(len(self.parameters), -1, -1), labels)
+        fit_linear_heads(self.parameters, features[None], [0] * len(self.parameters), labels)
 
     def logits(self, inputs: Tensor, *, step: int | None = None) -> Tensor:
         weight, bias = self.stacked(f"{HEAD}.weight"), self.stacked(f"{HEAD}.bias")
