@@ -81,7 +81,7 @@ def head_table(vit, prompts, images, features, labels):
     """Reproducibility of the gradients: halves of the folds against each other, 20 random splits."""
     statistics = EnsembleStatistics(folds=FOLDS)
     statistics.update(features, labels)
-    fold = torch.arange(len(labels)) % FOLDS
+    fold = statistics.fold_of
     grams = {}
     for kind in FITTED:
         start = time.perf_counter()

@@ -23,6 +23,7 @@ import literal
 
 from hgprompt import FrozenViT, PromptPool, fast_ensemble
 from hgprompt.data import load_task, make_loader
+from hgprompt.sample import folds_of
 
 POOL = Path(__file__).parents[1] / "tests" / "assets" / "clip_suite_pool.safetensors"
 FOLDS = 8
@@ -49,7 +50,7 @@ def literal_run(model, prompts, images, labels, lam):
     spread = ((f**2).sum(1) ** 2).mean() - (s**2).sum()
     intensity = spread / n / ((s**2).sum() - np.trace(s) ** 2 / h)
 
-    fold = torch.arange(n) % FOLDS
+    fold = folds_of(np.arange(n), FOLDS)
     mixture = features.double().mean(0)
     gradients = []
     for i, prompt in enumerate(prompts):

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 SHARE = 0.05
 """Of the time of a pass that checkpoints may take: each waits until it has been paid for."""
-_FORMAT, _VERSION = "hgprompt-pass", 1
+_FORMAT, _VERSION = "hgprompt-pass", 2
 _VALUES_PER_IMAGE = 1024  # of the pixels that are compared: thousands of images differ somewhere in them
 _SECONDS_PER_BYTE = 1 / 200e6  # before the first is written: a slow disk
 

@@ -23,7 +23,7 @@ class ImageSample:
 
     Args:
         capacity: None keeps all images.
-        folds: image n of the whole stream belongs to fold n mod folds, as in EnsembleStatistics.
+        folds: groups of images, as in EnsembleStatistics (`folds_of`).
         seed: of the images' numbers.
         shard: (r, W): this stream is every W-th image of the whole one, from image r on.
     """
@@ -88,7 +88,8 @@ class ImageSample:
 
     def fold(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Images [n, ...], labels [n] and features [M, n, h] of fold k, in the order of the stream."""
-        return self._select([i for i in self._in_order() if self._positions[i] % self.folds == k])
+        folds = folds_of(np.array(self._positions, dtype=np.int64), self.folds)
+        return self._select([i for i in self._in_order() if folds[i] == k])
 
     def all(self) -> tuple[Tensor, Tensor, Tensor]:
         """All images [n, ...], labels [n] and features [M, n, h], in the order of the stream."""
@@ -132,6 +133,16 @@ class ImageSample:
             return torch.empty(0), labels, torch.empty(0)
         features = torch.stack([self._features[i] for i in chosen], dim=1)
         return torch.stack([self._images[i] for i in chosen]), labels, features
+
+
+def folds_of(positions: np.ndarray, folds: int) -> np.ndarray:
+    """Folds [n], from 0 to folds - 1, of the images at these places [n] of the whole stream.
+
+    Of any `folds` images in a row, counted from the first, one goes to each fold: folds are of one size, and a class
+    whose images follow one another is dealt to all of them. Which fold a row begins with is drawn anew for each, or
+    labels that take turns could make every fold a class of its own, which no other fold has seen.
+    """
+    return (positions + draw(positions // folds, seed=0) % folds) % folds
 
 
 def draw(positions: np.ndarray, seed: int) -> np.ndarray:

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from hgprompt.distributed import Ranks, default_group
 from hgprompt.errors import DataError, OptionError, StatisticsError
 from hgprompt.memory import Footprint, Representation, available_bytes, footprint, in_words
 from hgprompt.moments import Moments, merged, mixed
+from hgprompt.sample import folds_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,8 @@ _STAGE = "merging the statistics"
 class EnsembleStatistics:
     """What one pass over the data leaves behind.
 
-    Batch size, order and split of the stream do not matter (beyond the last bits), except that image number n goes
-    to fold n mod `folds`, which only the uncertainty of a result and the cross-fitting of heads depend on.
+    Batch size, order and split of the stream do not matter (beyond the last bits), except that an image's place in it
+    says to which fold it goes, which only the uncertainty of a result and the cross-fitting of heads depend on.
 
     Args:
         folds: groups of images that can be left out again (`Problem` without a fold), for jackknife errors and
@@ -175,8 +177,8 @@ class EnsembleStatistics:
     def next_folds(self, batch: int) -> Tensor:
         """Folds of the next `batch` images [batch], int32."""
         first, step = self.shard
-        places = first + step * torch.arange(self._num_images, self._num_images + batch)
-        return (places % self.folds).to(torch.int32)
+        places = first + step * np.arange(self._num_images, self._num_images + batch)
+        return torch.from_numpy(folds_of(places, self.folds)).to(torch.int32)
 
     def select(self, prompts: Sequence[int]) -> EnsembleStatistics:
         """Statistics of these prompts alone, in this order; features are copied, nothing is shared.

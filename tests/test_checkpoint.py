@@ -448,7 +448,7 @@ def test_forged_content_is_refused(forgery, written, tmp_path):
 @pytest.mark.parametrize("change", [{"format": "hgprompt-pool"}, {"version": 99}, {"identity": {"seed": 1}}, {}])
 def test_of_another_pass_only_the_header_is_read(change, written, tmp_path):
     """The file's body lacks its checksum, which is looked at before any tensor is: only its own pass gets so far."""
-    metadata = {"format": "hgprompt-pass", "version": 1, "identity": written[2]} | change
+    metadata = {"format": "hgprompt-pass", "version": 2, "identity": written[2]} | change
     entries = {"features": {"dtype": "U8", "shape": [100], "data_offsets": [0, 100]}}
     header = json.dumps(entries | {"__metadata__": {"hgprompt": json.dumps(metadata)}}).encode()
     (tmp_path / FILE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(100))

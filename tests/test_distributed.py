@@ -13,6 +13,7 @@ import tempfile
 import time
 
 import literal
+import numpy as np
 import pytest
 import ranks
 import torch
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from hgprompt import DistributedError, EnsembleStatistics, HGPromptError, OptionError, fast_ensemble, select_prompts
 from hgprompt.distributed import Ranks, slices
 from hgprompt.moments import Moments
+from hgprompt.sample import folds_of
 
 WORLD = 4
 COUNT = 41
@@ -449,7 +451,7 @@ def _some_features():
 def test_statistics_of_ranks_are_those_of_all_images(merged):
     features, labels = _some_features()
     reference = [Moments(2, 5) for _ in range(2)]
-    folds = torch.cat([torch.arange(len(labels[share])) % 2 for share in UNEVEN])
+    folds = torch.cat([torch.from_numpy(folds_of(np.arange(len(labels[share])), 2)) for share in UNEVEN])
     for k, part in enumerate(reference):
         part.update(features[:, folds == k], labels[folds == k])
     for kinds, (first, _) in merged[0].items():

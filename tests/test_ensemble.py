@@ -17,6 +17,7 @@ from hgprompt.backbone import FrozenViT
 from hgprompt.ensemble import fast_ensemble
 from hgprompt.errors import BackboneError, DataError, HGPromptError, HGPromptWarning, OptionError, PromptError
 from hgprompt.pool import BackboneInfo, PromptPool
+from hgprompt.sample import folds_of
 
 N, C, M, P = 48, 3, 4, 3
 NAMES = ("a", "b", "c", "d")
@@ -54,7 +55,7 @@ def _intensity(features):
 def _literal_gradients(model, prompts, images, labels, intensity, folds, head="shared-lda"):
     """Eq. 8 with LDA heads, every image scored by a head fitted on the other folds, at each prompt's temperature."""
     gradients = []
-    fold = torch.arange(len(images)) % folds
+    fold = folds_of(np.arange(len(images)), folds)
     mixture = literal.features(model, prompts, images).detach().mean(0)
     for prompt in prompts:
         leaf = prompt.clone().requires_grad_()

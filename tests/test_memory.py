@@ -13,7 +13,7 @@ M, H, C = 3, 8, 4
 
 def _batch(n=20, dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
-    labels = torch.arange(n) // 5 % C  # every class in every fold
+    labels = torch.arange(n) // 4 % C  # every class in every fold
     return torch.randn(M, n, H, generator=g).to(dtype), labels
 
 

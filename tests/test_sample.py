@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hgprompt.sample import ImageSample
+from hgprompt.sample import ImageSample, folds_of
 
 
 def _fill(n, capacity, batch, seed=0, folds=3):
@@ -38,7 +41,8 @@ def test_every_image_has_the_same_chance():
 def test_folds_are_those_of_the_stream():
     sample = _fill(50, 15, 8)
     parts = [sample.fold(k)[1] for k in range(3)]
-    assert all((part % 3 == k).all() for k, part in enumerate(parts))
+    expected = folds_of(np.arange(50), 3)
+    assert all((expected[part] == k).all() for k, part in enumerate(parts))  # an image's label is its place
     assert sum(map(len, parts)) == 15
     assert sample.nbytes == 15 * 4 * 3
 
@@ -47,3 +51,26 @@ def test_all_and_none():
     assert len(_fill(30, None, 7)) == 30
     assert len(_fill(30, 0, 7)) == 0
     assert len(_fill(30, 0, 7).all()[0]) == 0
+
+
+@given(n=st.integers(1, 200), folds=st.integers(1, 12), ranks=st.integers(1, 5))
+def test_folds_are_of_one_size_and_blind_to_ranks(n, folds, ranks):
+    whole = folds_of(np.arange(n), folds)
+    sizes = np.bincount(whole, minlength=folds)
+    assert sizes.sum() == n
+    assert sizes.max() - sizes.min() <= 1
+    for r in range(ranks):
+        assert (folds_of(np.arange(r, n, ranks), folds) == whole[r::ranks]).all()
+
+
+@pytest.mark.parametrize("folds", [2, 3, 8])
+@pytest.mark.parametrize("classes", [2, 3, 8, 16, 24])
+@pytest.mark.parametrize("order", ["in turn", "sorted"])
+def test_no_class_is_in_one_fold_alone(folds, classes, order):
+    labels = np.arange(40 * classes) % classes
+    if order == "sorted":
+        labels.sort()
+    fold_of = folds_of(np.arange(len(labels)), folds)
+    # 40 images that each go to any of 8 folds: all miss one of them with probability 8 · (7/8)^40 = 4 %, and are in
+    # one alone with 8^-39. Deterministic, so that this says that the numbers drawn are no worse than that.
+    assert all(len(np.unique(fold_of[labels == c])) > max(1, folds - 2) for c in range(classes))

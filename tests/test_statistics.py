@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hgprompt.errors import DataError, OptionError, StatisticsError
 from hgprompt.moments import Moments
 from hgprompt.objective import HScore
+from hgprompt.sample import folds_of
 from hgprompt.statistics import EnsembleStatistics
 
 M, H, C = 3, 5, 4
@@ -86,7 +87,7 @@ def test_mean_far_from_zero(keep):
 def test_merging_two_halves_equals_the_whole(kinds, folds):
     features, labels = _data()
     first = _stream(features[:, :24], labels[:24], [10, 14], keep=kinds[0], folds=folds)
-    second = _stream(features[:, 24:], labels[24:], [36], keep=kinds[1], folds=folds)
+    second = _stream(features[:, 24:], labels[24:], [36], keep=kinds[1], folds=folds, shard=(24, 1))
     whole = _stream(features, labels, [60], keep="features", folds=folds)
     before = second.h_score(WEIGHTS, shrinkage=0.1)
     first.merge(second)
@@ -109,7 +110,7 @@ def test_folds_partition_the_stream():
     features, labels = _data(n=24)
     statistics = _stream(features, labels, [5, 7, 12], folds=4, keep="features")
     left, left_labels = statistics.features_and_labels(without_fold=1)
-    chosen = torch.arange(24) % 4 != 1
+    chosen = torch.from_numpy(folds_of(np.arange(24), 4)) != 1
     assert torch.equal(left, features[:, chosen])
     assert torch.equal(left_labels, labels[chosen])
 

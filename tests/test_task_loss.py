@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import literal
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from hgprompt.errors import DataError, OptionError
+from hgprompt.sample import folds_of
 from hgprompt.statistics import EnsembleStatistics
 from hgprompt.task_loss import fit_heads, given_loss, held_out_logits, inverse_temperatures, lda_intensity
 
 M, N, H, C = 3, 60, 5, 4
+FOLD_OF = torch.from_numpy(folds_of(np.arange(N), 4))
 
 
 def _data(seed=0):
@@ -35,7 +38,7 @@ def test_heads_are_cross_fitted_lda(kind, keep):
     features, labels = _data()
     statistics = _statistics(features, labels, keep)
     intensity = 1.0 if kind == "centroid" else lda_intensity(statistics)
-    fold = torch.arange(N) % 4
+    fold = FOLD_OF
     for k, head in enumerate(fit_heads(kind, statistics, device=torch.device("cpu"))):
         ours = head.logits(features[:, fold == k], slice(None))
         for m in range(M):
@@ -62,19 +65,32 @@ def test_temperature_minimises_the_held_out_cross_entropy():
 
 def test_class_that_a_fold_has_not_seen_counts_nothing():
     features, labels = _data()
-    labels[17] = 77  # fold 1 alone has this class
+    fold = FOLD_OF
+    i = int((fold == 1).nonzero()[-1])
+    labels[i] = 77  # fold 1 alone has this class
     statistics = _statistics(features, labels)
     heads = fit_heads("lda", statistics, device=torch.device("cpu"))
     assert heads[1].classes.tolist() == [0, 1, 2, 3]
     assert heads[0].classes.tolist() == [0, 1, 2, 3, 77]
-    loss = heads[1].loss(features[:, 17:18], labels[17:18], slice(None))
+    loss = heads[1].loss(features[:, i : i + 1], labels[i : i + 1], slice(None))
     assert loss.tolist() == [0.0] * M
-    fold = torch.arange(N) % 4
     parts = [(features[:, fold == k], labels[fold == k]) for k in range(4)]
     logits, targets = held_out_logits(heads, [f for f, _ in parts], [y for _, y in parts])
     assert logits.shape == (M, N, 5)
     assert int((targets < 0).sum()) == 1
     assert inverse_temperatures(logits, targets).isfinite().all()
+
+
+def test_labels_in_turn_are_all_scored():
+    """As a loader of class-sorted, evenly drawn images deals them: as many classes as folds, or a multiple."""
+    labels = torch.arange(160) % 8
+    features = torch.randn(1, 160, H, generator=torch.Generator().manual_seed(0))
+    statistics = EnsembleStatistics(folds=8, keep="features")
+    statistics.update(features, labels)
+    parts = [(features[:, statistics.fold_of == k], labels[statistics.fold_of == k]) for k in range(8)]
+    heads = fit_heads("lda", statistics, device=torch.device("cpu"))
+    targets = held_out_logits(heads, [f for f, _ in parts], [y for _, y in parts])[1]
+    assert (targets >= 0).all()
 
 
 def test_own_heads():

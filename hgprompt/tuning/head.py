@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hgprompt.sample import folds_of
 from hgprompt.statistics import EnsembleStatistics
 from hgprompt.task_loss import fit_heads, held_out_logits, inverse_temperatures
 
@@ -34,7 +36,7 @@ def fitted_head(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
         DataError: features that are not finite.
     """
     device = torch.device("cpu")
-    # Image n goes to fold n mod folds: side by side, the images of a class are dealt to all of them.
+    # Side by side, the images of a class are dealt to all folds.
     order = labels.argsort(stable=True)
     features, labels = features[order.to(features.device)], labels[order]
     folds = max(1, min(_FOLDS, len(labels)))
@@ -43,7 +45,8 @@ def fitted_head(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
         statistics.update(features[None], labels)
     factor = torch.ones(1, dtype=torch.float64)
     if folds > 1:
-        by_fold = [torch.arange(len(labels)) % folds == k for k in range(folds)]
+        fold_of = torch.from_numpy(folds_of(np.arange(len(labels)), folds))
+        by_fold = [fold_of == k for k in range(folds)]
         logits, targets = held_out_logits(
             fit_heads("lda", crossed, device=device),
             [features[None, own.to(features.device)].cpu() for own in by_fold],
