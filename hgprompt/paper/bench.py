@@ -39,7 +39,7 @@ def method_cell(lab: Lab, name: str, task: str) -> Cell:
     plan, method = lab.plan, method_of(name, lab.plan.lam)
     grid = GRIDS[plan.grid][method.kind]
     options = {
-        "method": options_of(method), "pool": lab.pool_identity(lab.sources(without=task)) if method.uses_pool else "",
+        **identified(method), "pool": lab.pool_identity(lab.sources(without=task)) if method.uses_pool else "",
         "seeds": list(plan.seeds), "epochs": plan.epochs, "batch_size": plan.batch_size,
         "grid": dataclasses.asdict(grid), "test_limit": plan.test_limit,
     }  # fmt: skip
@@ -55,6 +55,11 @@ def method_cell(lab: Lab, name: str, task: str) -> Cell:
 def method_key(method: Method, task: str) -> str:
     """Of a method's cell on a task."""
     return f"{method.name}.{task}".replace(" λ=", "-lambda-").replace(", ", "-").replace(" ", "-")
+
+
+def identified(method: Method) -> dict[str, Any]:
+    """A method's part in the identity of a result."""
+    return {"method": options_of(method)} | ({"revision": method.revision} if method.revision else {})
 
 
 def options_of(method: Method) -> dict[str, Any]:

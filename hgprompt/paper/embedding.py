@@ -34,7 +34,7 @@ def embedding_cell(lab: Lab, target: str, sources: Sequence[str], ensemble: str)
     """
     options = {
         "sources": list(sources), "pool": lab.pool_identity(sources), "lam": lab.plan.lam, "points": MAX_POINTS,
-        "test_limit": lab.plan.test_limit, "seed": lab.plan.seeds[0],
+        "test_limit": lab.plan.test_limit, "seed": lab.plan.seeds[0], "revision": HGPrompt.revision,
     }  # fmt: skip
     name = lab.task(target).name
     return Cell(f"embedding.{name}", lab.identity(target, **options), lambda w: _embed(lab, name, sources, ensemble, w))

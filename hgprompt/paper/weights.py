@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hgprompt.ensemble import fast_ensemble
 from hgprompt.errors import OptionError
-from hgprompt.paper.bench import method_of, options_of
+from hgprompt.paper.bench import identified, method_of
 from hgprompt.paper.cells import Cell, Work
 from hgprompt.paper.lab import Lab
 from hgprompt.tuning.method import Method, Setting
@@ -43,7 +43,7 @@ def weights_cell(lab: Lab, name: str, task: str) -> Cell:
         weights = _weights(lab, method, lab.setting(images, names), work)
         return {"weights": dict(zip(names, weights.tolist(), strict=True))}
 
-    options = {"method": options_of(method), "pool": lab.pool_identity(names), "seed": lab.plan.seeds[0]}
+    options = identified(method) | {"pool": lab.pool_identity(names), "seed": lab.plan.seeds[0]}
     if isinstance(method, ATTEMPT):
         options |= {"config": dataclasses.asdict(lab.config()), "rate": _ATTEMPT_RATE}
     return Cell(f"weights.{method.name}.{folder.name}", lab.identity(task, **options), run)
@@ -62,6 +62,7 @@ def cosines_cell(lab: Lab, task: str) -> Cell:
         return {"names": list(names), "cosines": found.gradient_cosines.tolist()}
 
     options = {"pool": lab.pool_identity(names), "lam": lab.plan.lam, "seed": lab.plan.seeds[0]}
+    options |= {"revision": HGPrompt.revision}
     return Cell(f"cosines.{lab.task(task).name}", lab.identity(task, **options), run)
 
 

@@ -82,13 +82,15 @@ class Method(ABC):
     Attributes:
         name: as the paper's Table 1 prints it. kind: whose learning-rate grid it takes: "prompt" (SGD), "linear" (SGD)
             or "fine-tune" (AdamW). uses_pool: whether it needs source prompts. runs_at_once: as many runs as should
-            train side by side, for memory's sake; None: as many as are usual for its kind.
+            train side by side, for memory's sake; None: as many as are usual for its kind. revision: raised where the
+            same options give other numbers than before, so that a table does not mix them.
     """
 
     name: str
     kind: ClassVar[str]
     uses_pool: ClassVar[bool] = False
     runs_at_once: ClassVar[int | None] = None
+    revision: ClassVar[int] = 0
 
     @abstractmethod
     def prepare(self, setting: Setting, configs: Sequence[TuneConfig]) -> Prepared:

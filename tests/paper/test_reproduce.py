@@ -16,6 +16,7 @@ from hgprompt import PromptPool
 from hgprompt.cli import main
 from hgprompt.paper import figures
 from hgprompt.paper.embedding import neighbour_accuracy
+from hgprompt.tuning.methods import HGPrompt
 from hgprompt.tuning.protocol import GRIDS, Grid
 
 HAS_TSNE = importlib.util.find_spec("sklearn") is not None
@@ -113,6 +114,13 @@ def test_table1_and_what_the_experiments_share(reproduce, out):
 def test_other_options_are_refused_and_not_mixed_in(reproduce, out):
     said = reproduce("table1", "--tasks", "ants", "--methods", "uniform", "--test-limit", "3", code=1)
     assert "made otherwise ('test_limit': there None, here 3)" in said.replace("\n", " ")
+
+
+def test_results_of_an_older_revision_are_refused(reproduce, monkeypatch):
+    monkeypatch.setattr(HGPrompt, "revision", HGPrompt.revision + 1)
+    said = reproduce("table1", "--tasks", "ants", "--methods", "HGPrompt", code=1)
+    assert f"made otherwise ('revision': there {HGPrompt.revision - 1}" in said.replace("\n", " ")
+    reproduce("table1", "--tasks", "ants", "--methods", "uniform")  # which depends on none
 
 
 def test_fig3_leaves_out_a_targets_own_prompt_and_fig4_does_not(reproduce, out):

@@ -42,6 +42,7 @@ class FittedUniform(Uniform):
 
     name = "uniform, fitted head"
     head = "fitted"
+    revision = 1
 
 
 class RandomWeights(StartMethod):
