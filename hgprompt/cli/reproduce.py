@@ -60,7 +60,11 @@ def reproduce(
     ] = "42,44,82",
     grid: Annotated[
         str,
-        typer.Option(help="Rates that compete on the validation images: full or quick.", rich_help_panel=_PROTOCOL),
+        typer.Option(
+            help="What competes on the validation images: full (VPT's 10 rates × 4 weight decays), rates (those 10) "
+            "or quick (4 of them).",
+            rich_help_panel=_PROTOCOL,
+        ),
     ] = "full",
     lam: Annotated[float, typer.Option("--lam", help="λ of Eq. 12.", min=0.0, rich_help_panel=_PROTOCOL)] = 1.0,
     test_limit: Annotated[
@@ -113,7 +117,7 @@ def reproduce(
         raise OptionError("--pool brings its source prompts: leave --sources out")
     plan = Plan(
         tokens=tokens, deep=deep, epochs=epochs, source_epochs=source_epochs, seeds=_numbers(seeds),
-        batch_size=batch_size, grid=grid, lam=lam, test_limit=test_limit,  # type: ignore[arg-type]
+        batch_size=batch_size, grid=grid, lam=lam, test_limit=test_limit,
     )  # fmt: skip
     wanted.check()
     share = Share.of_environment()

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from hgprompt.pool import PromptPool
 from hgprompt.progress import Reporter
 from hgprompt.tuning import TuneConfig, random_prompt, tune
 from hgprompt.tuning.method import Setting
+from hgprompt.tuning.protocol import GRIDS
 
 RECIPE = 3
 """Version of the recipes: raised where the same options give other numbers, so that old cells are not mixed in."""
@@ -36,7 +37,7 @@ class Plan:
         epochs: of tuning on a target. source_epochs: of tuning a source prompt.
         seeds: of the repetitions. pool_seed: of the source prompts' one random start; none of theirs, so that no run's
             random prompt is the start of the sources.
-        grid: which learning rates and weight decays compete on the validation images: "full" is VPT's.
+        grid: which learning rates and weight decays compete on the validation images (`GRIDS`): "full" is VPT's.
         batch_size: images per step. lam: λ of Eq. 12.
         test_limit: at most this many test images, classes in turn; None: all.
     """
@@ -47,14 +48,14 @@ class Plan:
     source_epochs: int = 10
     seeds: tuple[int, ...] = (42, 44, 82)
     pool_seed: int = 0
-    grid: Literal["full", "quick"] = "full"
+    grid: str = "full"
     batch_size: int = 64
     lam: float = 1.0
     test_limit: int | None = None
 
     def __post_init__(self) -> None:
-        if self.grid not in ("full", "quick"):
-            raise OptionError(f"grid must be 'full' or 'quick', got {self.grid!r}")
+        if self.grid not in GRIDS:
+            raise OptionError(f"grid must be one of {', '.join(GRIDS)}, got {self.grid!r}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise OptionError(f"seeds must be different numbers, at least one; got {list(self.seeds)}")
         for name in ("tokens", "epochs", "source_epochs", "batch_size"):

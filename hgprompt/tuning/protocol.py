@@ -47,19 +47,25 @@ class Grid:
 
 _DECAYS = (0.01, 0.001, 0.0001, 0.0)
 _PROMPT_RATES = (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
+_FINE_TUNE_RATES = (0.005, 0.001, 0.0005, 0.0001)
 GRIDS: dict[str, dict[str, Grid]] = {
     "full": {
         "prompt": Grid(_PROMPT_RATES, _DECAYS),
         "linear": Grid(_PROMPT_RATES, _DECAYS),
-        "fine-tune": Grid((0.005, 0.001, 0.0005, 0.0001), _DECAYS),
+        "fine-tune": Grid(_FINE_TUNE_RATES, _DECAYS),
+    },
+    "rates": {
+        "prompt": Grid(_PROMPT_RATES, (0.0001,)),
+        "linear": Grid(_PROMPT_RATES, (0.0001,)),
+        "fine-tune": Grid(_FINE_TUNE_RATES, (0.0001,)),
     },
     "quick": {
         "prompt": Grid((25.0, 10.0, 2.5, 0.5), (0.0001,)),
         "linear": Grid((25.0, 10.0, 2.5, 0.5), (0.0001,)),
-        "fine-tune": Grid((0.005, 0.001, 0.0005, 0.0001), (0.0001,)),
+        "fine-tune": Grid(_FINE_TUNE_RATES, (0.0001,)),
     },
 }
-"""By name and kind of method: "full" is VPT's, "quick" is short."""
+"""By name and kind of method: "full" is VPT's, "rates" has its rates and one weight decay, "quick" four of them."""
 
 _RUNS_AT_ONCE = {"prompt": 64, "linear": 64, "fine-tune": 4}
 # A run of a prompt is a few numbers, one of a fine-tuned network may be a copy of the network.
@@ -144,7 +150,7 @@ def select_and_retrain(
     Args:
         method: to be judged. setting800: with train800 as its images. setting1000: with train800val200.
         val200, test: images to choose on, and to report.
-        grid: "full", "quick", or base rates and decays.
+        grid: "full", "rates", "quick", or base rates and decays.
         seeds: of the final runs; the first is that of the selection.
         config: epochs, batch size, warm-up and dropout of every run; None: TuneConfig().
         runs_at_once: grid points that train side by side; None: all for prompts and heads, 4 where a run may hold a
