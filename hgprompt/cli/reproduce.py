@@ -107,7 +107,7 @@ def reproduce(
     from hgprompt.cli.torchrun import own_gpu
     from hgprompt.errors import OptionError
     from hgprompt.files import output_directory
-    from hgprompt.paper import EXPERIMENTS, Lab, Plan, Share, Store, find_suite, make_request, run_cells
+    from hgprompt.paper import EXPERIMENTS, Lab, Plan, Share, Store, find_suite, make_request, method_names, run_cells
     from hgprompt.pool import PromptPool
 
     if experiment not in EXPERIMENTS:
@@ -135,7 +135,7 @@ def reproduce(
         return load_model(vit.name, checkpoint=None if weights is None else str(weights), img_size=vit.image_size)
 
     lab = Lab(vit, model, suite, plan, out, pool=known, sources=tuned)
-    request = make_request(wanted, lab, targets, _names(methods) or ())
+    request = make_request(wanted, lab, targets, method_names(methods or ""))
     prepare, cells, store = lab.source_cells(), wanted.cells(lab, request), Store(out)
     if dry_run:
         _print_plan(wanted, lab, store, prepare, cells, as_json)

@@ -30,8 +30,28 @@ def method_of(name: str, lam: float = 1.0) -> Method:
         except ValueError as error:
             raise OptionError(f"{name!r}: λ is a number from 0, got {own!r}") from error
     if name not in COMPARED:
-        raise OptionError(f"no method is called {name!r}: there are {', '.join(COMPARED)}")
+        raise OptionError(f"no method is called {name!r}: there are {'; '.join(COMPARED)}")
     return COMPARED[name]
+
+
+def method_names(text: str) -> tuple[str, ...]:
+    """Names of methods with commas between them; some have a comma of their own: "random, equal compute"."""
+    names: list[str] = []
+    for part in (p.strip() for p in text.split(",")):
+        whole = f"{names[-1]}, {part}" if names else ""
+        if _is_method(whole):
+            names[-1] = whole
+        elif part:
+            names.append(part)
+    return tuple(names)
+
+
+def _is_method(name: str) -> bool:
+    try:
+        method_of(name)
+    except OptionError:
+        return False
+    return True
 
 
 def method_cell(lab: Lab, name: str, task: str) -> Cell:

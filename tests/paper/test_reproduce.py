@@ -14,7 +14,8 @@ from vtab_folders import write_task
 
 from hgprompt import PromptPool
 from hgprompt.cli import main
-from hgprompt.paper import figures
+from hgprompt.paper import figures, method_names
+from hgprompt.paper.bench import COMPARED
 from hgprompt.paper.embedding import neighbour_accuracy
 from hgprompt.tuning.methods import HGPrompt
 from hgprompt.tuning.protocol import GRIDS, Grid
@@ -181,6 +182,12 @@ def test_wrong_wishes(reproduce, root, tmp_path):
     assert "has no task 'ant'" in reproduce("table1", "--tasks", "ant", code=1)
     assert "none of the tasks cifar, svhn" in reproduce("fig6", code=1)
     assert "--seeds must be whole numbers" in reproduce("table1", "--seeds", "1,a", code=1)
+
+
+def test_names_of_methods_may_have_commas():
+    for names in (tuple(COMPARED), ("random, equal compute", "HGPrompt, raw H λ=2", "VPT", "HGPrompt", "SPoT")):
+        assert method_names(",".join(names)) == names
+    assert method_names(" uniform ,, VPT,") == ("uniform", "VPT")
 
 
 def test_lambda_figure(tmp_path):
