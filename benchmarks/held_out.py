@@ -39,7 +39,7 @@ SOURCE_IMAGES, SOURCE_EPOCHS = 400, 15
 IMAGES, TEST_IMAGES = 100, 300
 PAIRS = (
     ("uniform", "random"), ("HGPrompt", "random"), ("HGPrompt", "uniform"), ("HGPrompt λ=0", "uniform"),
-    ("HGPrompt λ=0", "best single"), ("HGPrompt", "best single"),
+    ("HGPrompt λ=0", "best single by H"), ("HGPrompt", "best single by H"),
 )  # fmt: skip
 CONFIG = TuneConfig(batch_size=32, optimizer="adamw", lr=0.16, head_lr=0.04)
 

@@ -34,7 +34,7 @@ def test_runs_whole(vit, whole):
     tmp_path, pool, comparison = whole
     assert set(pool) == set(PROCEDURAL_TASKS) - {"sprite-x-location"}
     assert PromptPool.load(tmp_path / "pool.safetensors").names == pool.names
-    assert comparison.starts == ("random", "best single", "uniform", "HGPrompt", "HGPrompt λ=0")
+    assert comparison.starts == ("random", "best single by H", "uniform", "HGPrompt", "HGPrompt λ=0")
     assert comparison.curves.shape == (2, 2, 5)
     assert comparison.num_classes == 16
     assert bool((comparison.curves >= 0).all())
@@ -71,7 +71,7 @@ def test_command(tmp_path, monkeypatch, capsys):
         cli.main()
     assert left.value.code == 0
     out = capsys.readouterr().out
-    for word in ("random", "best single", "uniform", "HGPrompt", "demo.png", "2 seeds"):
+    for word in ("random", "best single by H", "uniform", "HGPrompt", "demo.png", "2 seeds"):
         assert word in out
     record = json.loads((tmp_path / "here" / "demo.json").read_text())
     assert record["plan"] == json.loads(json.dumps(dataclasses.asdict(SMALL)))

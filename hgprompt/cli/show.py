@@ -178,6 +178,8 @@ def print_comparison(comparison: Comparison, title: str) -> None:
     """Accuracy of each start with its spread over the seeds, and the weights behind the mixture."""
     from rich.markup import escape
 
+    from hgprompt.tuning.compare import SINGLE
+
     console, table = _table(f"{title}: accuracy on unseen images, mean ± standard deviation of {_seeds(comparison)}")
     table.add_column("start")
     last = len(comparison.curve_epochs) - 1
@@ -192,7 +194,7 @@ def print_comparison(comparison: Comparison, title: str) -> None:
         difference = (
             "" if k == uniform else _spread(comparison.curves[-1, :, k] - comparison.curves[-1, :, uniform], "+")
         )
-        label = escape(name) + (f" ({_most_common(comparison.singles)})" if name == "best single" else "")
+        label = escape(name) + (f" ({_most_common(comparison.singles)})" if name == SINGLE else "")
         table.add_row(label, *cells, difference, style="bold" if k == best else "")
     console.print(table)
     console.print(f"by chance {100 / comparison.num_classes:.1f}")

@@ -25,7 +25,7 @@ from hgprompt.tuning.head import HeadStart
 from hgprompt.tuning.prompts import identity_of, tune
 from hgprompt.tuning.start import random_prompt
 
-RANDOM, SINGLE, UNIFORM, HGPROMPT = "random", "best single", "uniform", "HGPrompt"
+RANDOM, SINGLE, UNIFORM, HGPROMPT = "random", "best single by H", "uniform", "HGPrompt"
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ def compare_starts(
     folder: Path | None = None,
     progress: bool | Reporter = False,
 ) -> Comparison:
-    """Tune from a random prompt, the best single source, the uniform mean and the HGPrompt mixture, at equal budget.
+    """Tune from a random prompt, the source of the highest H, the uniform mean and the HGPrompt mixture: equal budgets.
 
     For each seed, the training images train(seed) go through `fast_ensemble` once; then all starts are tuned on them
     side by side, with the same head, order of images and number of epochs. The random start is drawn with the seed.

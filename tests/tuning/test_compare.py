@@ -39,7 +39,7 @@ def test_is_tuning_from_each_start(vit, pool, tmp_path):
     comparison = compare_starts(
         vit, pool, _draw, test, seeds=(1, 2), epochs=(1, 3), config=CONFIG, variants=(0.0,), ensemble_options=options
     )
-    assert comparison.starts == ("random", "best single", "uniform", "HGPrompt", "HGPrompt λ=0")
+    assert comparison.starts == ("random", "best single by H", "uniform", "HGPrompt", "HGPrompt λ=0")
     assert comparison.accuracy.shape == (2, 2, 5)
     assert comparison.curves.shape == (3, 2, 5)
     assert torch.equal(comparison.curves[-1], comparison.accuracy[1])
