@@ -101,10 +101,15 @@ def linear_head(width: int, num_classes: int, seed: int, device: torch.device) -
 def fit_linear_heads(
     parameters: Sequence[Mapping[str, Tensor]], features: Tensor, which: Sequence[int], labels: Tensor
 ) -> None:
-    """Put `fitted_head`s of features [K, N, h] into the heads of the runs: run r has those of features which[r]."""
+    """Put `fitted_head`s of features [K, N, h] into the heads of the runs: run r has those of features which[r].
+
+    A run whose features are not finite keeps the head it has: it will diverge with its first step, and alone.
+    """
     fitted: dict[int, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
         for own, k in zip(parameters, which, strict=True):
+            if not features[k].isfinite().all():
+                continue
             if k not in fitted:
                 fitted[k] = fitted_head(features[k], labels, len(own[f"{HEAD}.bias"]))
             for name, value in zip(("weight", "bias"), fitted[k], strict=True):

@@ -160,6 +160,17 @@ def test_points_of_a_grid_share_a_fit(vit, monkeypatch):
     assert all(head.is_leaf and head.requires_grad for head in heads)
 
 
+def test_a_start_whose_features_are_not_finite_diverges_alone(vit):
+    good = random_prompt(vit, 2, seed=1)
+    found = []
+    for prompts in ([good, good * 1e38], [good, good]):
+        learner = PromptLearner(vit, PromptLearner.start(vit, prompts, 3, [CONFIG, CONFIG]), head="fitted")
+        found.append(train(learner, [CONFIG, CONFIG], _draw(1)))
+    assert found[0].diverged == (False, True)
+    losses = [[record["loss"][0] for record in trained.history] for trained in found]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # heads of float32, from another batch of prompts
+
+
 def test_linear_starts_from_it(vit):
     images = _draw(1)
     learner = LinearLearner(vit, 3, [STILL, STILL], "fitted")
