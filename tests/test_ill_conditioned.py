@@ -1,300 +1,43 @@
-"""Ill-conditioned input against 50 digits of mpmath: finite and right, or refused with a cause and a remedy.
-
-The reference shares no step with the package: no covariance is inverted where Eq. 5 is taken to the letter (H is then
-the squared length of the classes' indicators along the columns of the features), and gradients are differences of H
-over a step that 50 digits bear and float64 would not.
-"""
+"""Ill-conditioned input against 50 digits of mpmath: finite and right, or refused with a cause and a remedy."""
 
 from __future__ import annotations
 
-from functools import cache
-
-import mpmath as mp
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ill_conditioned import (
+    PROBLEMS,
+    SHRINKAGES,
+    VARIANTS,
+    WEIGHTS,
+    duplicated_features,
+    everywhere,
+    exact_h,
+    few_images,
+    five_images,
+    folds_in_order,
+    identical_prompts,
+    ids,
+    in_batches,
+    no_difference_between_classes,
+    one_prompt_twice_another,
+    problem_of,
+    reference_gradient,
+    reference_h,
+)
 from problems import data
 
 import hgprompt
 from hgprompt.errors import DataError, HGPromptError, OptionError, PromptError
 from hgprompt.objective import HScore
 from hgprompt.optimize import WeightProblem, jackknife_std, optimize_weights
-from hgprompt.sample import folds_of
 from hgprompt.statistics import EnsembleStatistics
 from hgprompt.uncertainty import rank_std, weight_error
 
 # A division by zero that is put right afterwards would still be a warning in the caller's log.
 pytestmark = pytest.mark.filterwarnings("error")
-
-DIGITS = 50
-SHRINKAGES = [0.0, "auto", "oas", 0.1]
-WEIGHTS = np.array([0.2, 0.5, 0.3])
-
-
-# Problems -------------------------------------------------------------------------------------------------------------
-
-
-def _few_images():
-    return data(8, 3, 12, 3)
-
-
-def _five_images():
-    return data(5, 3, 12, 2)
-
-
-def _five_images_three_dimensions():
-    return data(5, 3, 3, 2)
-
-
-def _duplicated_features():
-    features, labels = data(20, 3, 8, 3)
-    features[..., 4:] = features[..., :4]
-    return features, labels
-
-
-def _one_image_in_a_class():
-    features, _ = data(16, 3, 4, 3)
-    labels = torch.arange(16) % 2
-    labels[7] = 2
-    return features, labels
-
-
-def _far_from_zero():
-    features, labels = data(20, 3, 6, 3)
-    return features + 1e4, labels
-
-
-def _constant_feature():
-    features, labels = data(20, 3, 6, 3)
-    features[..., 2] = 0.1  # whose mean over 20 images is not 0.1 in floating point
-    return features, labels
-
-
-def _constant_feature_of_one_prompt():
-    features, labels = data(20, 3, 6, 3)
-    features[1, :, 2] = 0.1
-    return features, labels
-
-
-def _more_classes_than_half_the_images():
-    return data(12, 3, 5, 8)
-
-
-def _every_image_its_own_class():
-    features, _ = data(6, 3, 3, 2)
-    return features, torch.arange(6)
-
-
-def _one_faint_dimension():
-    features, labels = data(20, 3, 6, 3)
-    features[..., 1] *= 1e-6
-    return features, labels
-
-
-def _identical_prompts():
-    features, labels = data(20, 3, 6, 3)
-    features[1:] = features[0]
-    return features, labels
-
-
-def _one_prompt_twice_another():
-    features, labels = data(20, 3, 6, 3)
-    features[1] = 2 * features[0]
-    return features, labels
-
-
-def _labels_far_apart():
-    features, labels = data(20, 3, 6, 2)
-    return features, labels * 10**6
-
-
-def _two_images_and_one():
-    features, _ = data(3, 3, 4, 2)
-    return features, torch.tensor([0, 1, 0])
-
-
-def _two_images():
-    features, _ = data(2, 3, 4, 2)
-    return features, torch.tensor([0, 1])
-
-
-def _one_dimension():
-    return data(20, 3, 1, 2)
-
-
-def _no_difference_between_classes():
-    features, _ = data(6, 3, 4, 2)
-    return torch.cat([features, features], dim=1), torch.arange(12) // 6
-
-
-def _everything_at_once():
-    features, labels = data(7, 3, 10, 5)
-    features[..., 5:8] = features[..., :3]
-    features[..., 8] *= 1e-3
-    features[..., 9] = 0.7
-    features[2] = 2 * features[0]
-    return features + 1e4, labels * 10**5
-
-
-def _prompts_of_unlike_scale():
-    features, labels = data(12, 3, 5, 3)
-    return features * torch.tensor([1e-6, 1.0, 1e6])[:, None, None], labels
-
-
-PROBLEMS = {
-    problem.__name__.strip("_").replace("_", " "): problem
-    for problem in (
-        _few_images, _five_images, _five_images_three_dimensions, _duplicated_features, _one_image_in_a_class,
-        _far_from_zero, _constant_feature, _constant_feature_of_one_prompt, _more_classes_than_half_the_images,
-        _every_image_its_own_class, _one_faint_dimension, _identical_prompts, _one_prompt_twice_another,
-        _labels_far_apart, _two_images_and_one, _two_images, _one_dimension, _no_difference_between_classes,
-        _everything_at_once, _prompts_of_unlike_scale,
-    )
-}  # fmt: skip
-SCALES = {torch.float64: (1.0, 1e-20, 1e20), torch.float32: (1.0, 1e-15, 1e15)}
-VARIANTS = [(name, dtype, 1.0) for name in PROBLEMS for dtype in SCALES]
-VARIANTS += [
-    (name, dtype, scale)
-    for name in ("few images", "duplicated features", "one faint dimension", "everything at once")
-    for dtype, scales in SCALES.items()
-    for scale in scales[1:]
-]
-
-
-def _statistics(features, labels, keep, folds=2, batch=3):
-    """In batches, so that moments are moved from one pilot centre to another, as in a stream."""
-    statistics = EnsembleStatistics(keep=keep, folds=folds)
-    for start in range(0, len(labels), batch):
-        statistics.update(features[:, start : start + batch], labels[start : start + batch])
-    return statistics
-
-
-def _folds_of(labels, folds=2):
-    return torch.from_numpy(folds_of(np.arange(len(labels)), folds))
-
-
-def _problem(name: str, dtype: torch.dtype, scale: float):
-    features, labels = PROBLEMS[name]()
-    return (features * scale).to(dtype), labels
-
-
-def _ids(value):
-    return str(value).removeprefix("torch.")
-
-
-everywhere = pytest.mark.parametrize(("name", "dtype", "scale"), VARIANTS, ids=_ids)
-
-
-# References -----------------------------------------------------------------------------------------------------------
-
-
-def _exact(features) -> list:
-    """[N, h] in mpmath, bit for bit, less the mean."""
-    rows = [[mp.mpf(x) for x in row] for row in features.double().tolist()]
-    means = [mp.fsum(column) / len(rows) for column in zip(*rows, strict=True)]
-    return [[x - mean for x, mean in zip(row, means, strict=True)] for row in rows]
-
-
-def _mixed(features: list, weights: list) -> list:
-    return [[mp.fdot(weights, entries) for entries in zip(*rows, strict=True)] for rows in zip(*features, strict=True)]
-
-
-def _covariance(f: list) -> list:
-    columns = list(zip(*f, strict=True))
-    return [[mp.fdot(x, y) / len(f) for y in columns] for x in columns]
-
-
-def _intensity(f: list, shrinkage) -> mp.mpf:
-    """Ledoit & Wolf 2004, lemmas 3.2–3.4; OAS as commonly implemented (see `hgprompt.objective`)."""
-    if not isinstance(shrinkage, str):
-        return mp.mpf(shrinkage)
-    n, h, sigma = len(f), len(f[0]), _covariance(f)
-    mean = mp.fsum(sigma[k][k] for k in range(h)) / h
-    distance = mp.fsum((sigma[k][l] - (k == l) * mean) ** 2 for k in range(h) for l in range(h))
-    if distance == 0:  # Σ is its own target: shrinking changes nothing
-        return mp.mpf(0)
-    if shrinkage == "oas":
-        square = mp.fsum(x * x for row in sigma for x in row) / h**2
-        found = (square + mean**2) / ((n + 1) * (square - mean**2 / h))
-    else:
-        spread = mp.fsum((x * y - sigma[k][l]) ** 2 for row in f for k, x in enumerate(row) for l, y in enumerate(row))
-        found = spread / n**2 / distance
-    return min(found, 1 - mp.mpf(10) ** -12)
-
-
-def _h(f: list, labels: list, a) -> mp.mpf:
-    return _shrunk_h(f, labels, a) if a > 0 else _literal_h(f, labels)
-
-
-def _shrunk_h(f: list, labels: list, a) -> mp.mpf:
-    n, h, sigma = len(f), len(f[0]), _covariance(f)
-    mean = mp.fsum(sigma[k][k] for k in range(h)) / h
-    shrunk = mp.matrix([[(1 - a) * sigma[k][l] + (k == l) * a * mean for l in range(h)] for k in range(h)])
-    factor, total = mp.cholesky(shrunk), mp.mpf(0)
-    for c in set(labels):
-        chosen = [row for row, label in zip(f, labels, strict=True) if label == c]
-        mean_c = [mp.fsum(column) / len(chosen) for column in zip(*chosen, strict=True)]
-        solved = []  # L⁻¹ μ_c
-        for k in range(h):
-            solved.append((mean_c[k] - mp.fdot([factor[k, l] for l in range(k)], solved)) / factor[k, k])
-        total += mp.mpf(len(chosen)) / n * mp.fdot(solved, solved)
-    return (1 - a) * total
-
-
-def _literal_h(f: list, labels: list) -> mp.mpf:
-    """‖Qᵀ Y‖² with an orthonormal Q of the columns of f and the classes' unit indicators Y: tr Σ⁺ Σ_between.
-
-    What depends on other columns leaves 1e-45 of itself, what does not leaves 1e-16 in float32's worst case.
-    """
-    basis: list = []
-    for column in zip(*f, strict=True):
-        size, left = mp.sqrt(mp.fdot(column, column)), list(column)
-        for _ in range(2):
-            for q in basis:
-                along = mp.fdot(q, left)
-                left = [x - along * y for x, y in zip(left, q, strict=True)]
-        norm = mp.sqrt(mp.fdot(left, left))
-        if norm > size * mp.mpf(10) ** -25 and size > 0:
-            basis.append([x / norm for x in left])
-    return mp.fsum(
-        mp.fsum(x for x, label in zip(q, labels, strict=True) if label == c) ** 2 / labels.count(c)
-        for q in basis
-        for c in set(labels)
-    )
-
-
-@cache
-def _reference(name, dtype, scale, shrinkage):
-    """Intensity on the uniform mixture, H at WEIGHTS and its gradient, and H of the first prompt with its own."""
-    with mp.workdps(DIGITS):
-        features, labels = _problem(name, dtype, scale)
-        parts, labels = [_exact(f) for f in features], labels.tolist()
-        a = _intensity(_mixed(parts, [mp.mpf(1) / len(parts)] * len(parts)), shrinkage)
-        weights = [mp.mpf(w) for w in WEIGHTS]
-        alone = _intensity(parts[0], shrinkage)
-        return float(a), float(_h(_mixed(parts, weights), labels, a)), float(_h(parts[0], labels, alone))
-
-
-def _h_of(features, labels, weights) -> float:
-    """Eq. 5 to the letter."""
-    with mp.workdps(DIGITS):
-        mixed = _mixed([_exact(f) for f in features], [mp.mpf(float(w)) for w in weights])
-        return float(_h(mixed, labels.tolist(), 0))
-
-
-def _reference_gradient(features, labels, a: float) -> np.ndarray:
-    """Central differences over a step of 1e-12: exact to 1e-24."""
-    with mp.workdps(DIGITS):
-        parts, labels, step, slopes = [_exact(f) for f in features], labels.tolist(), mp.mpf(10) ** -12, []
-        for i in range(len(parts)):
-            ends = []
-            for sign in (1, -1):
-                weights = [mp.mpf(w) + sign * step * (k == i) for k, w in enumerate(WEIGHTS)]
-                ends.append(_h(_mixed(parts, weights), labels, mp.mpf(a)))
-            slopes.append(float((ends[0] - ends[1]) / (2 * step)))
-        return np.array(slopes)
 
 
 # H, its intensity and its gradient ------------------------------------------------------------------------------------
@@ -307,11 +50,11 @@ CLOSE = {"rel": 1e-8, "abs": 1e-10}
 @everywhere
 @pytest.mark.parametrize("shrinkage", SHRINKAGES)
 def test_h_score_to_the_digits_that_float64_has(name, dtype, scale, shrinkage):
-    features, labels = _problem(name, dtype, scale)
-    intensity, mixed, alone = _reference(name, dtype, scale, shrinkage)
+    features, labels = problem_of(name, dtype, scale)
+    intensity, mixed, alone = reference_h(name, dtype, scale, shrinkage)
     assert float(hgprompt.h_score(features[0], labels, shrinkage=shrinkage)) == pytest.approx(alone, **CLOSE)
     for keep in ("features", "moments"):
-        statistics = _statistics(features, labels, keep)
+        statistics = in_batches(features, labels, keep)
         assert statistics.h_score(torch.from_numpy(WEIGHTS), shrinkage=shrinkage) == pytest.approx(mixed, **CLOSE)
         score = HScore(statistics, shrinkage=shrinkage)
         assert score.intensity == pytest.approx(intensity, **CLOSE)
@@ -327,9 +70,9 @@ def test_h_score_to_the_digits_that_float64_has(name, dtype, scale, shrinkage):
 @pytest.mark.parametrize("keep", ["features", "moments"])
 def test_gradient_against_finite_differences(name, keep, shrinkage):
     features, labels = PROBLEMS[name]()
-    score = HScore(_statistics(features, labels, keep), shrinkage=shrinkage)
+    score = HScore(in_batches(features, labels, keep), shrinkage=shrinkage)
     _, gradient = score(WEIGHTS)
-    expected = _reference_gradient(features, labels, score.intensity)
+    expected = reference_gradient(features, labels, score.intensity)
     # A derivative in the weight of a prompt is as large as its features are beside the mixture's: what float64 loses of
     # the largest is lost of all.
     np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-8 * max(1.0, np.abs(expected).max()))
@@ -341,7 +84,7 @@ def test_h_score_is_differentiable(name, shrinkage):
     features, labels = PROBLEMS[name]()
     features = features.clone().requires_grad_()
     hgprompt.h_score(torch.tensordot(torch.from_numpy(WEIGHTS), features, 1), labels, shrinkage=shrinkage).backward()
-    expected = _reference_gradient(features.detach(), labels, shrinkage)
+    expected = reference_gradient(features.detach(), labels, shrinkage)
     slope = features.grad[0] / WEIGHTS[0]  # in the mixed features
     along = torch.stack([(slope * (f - f.mean(0))).sum() for f in features.detach()])
     # The derivative of a pseudo-inverse holds its square, and with it the square of the covariance's condition.
@@ -350,12 +93,12 @@ def test_h_score_is_differentiable(name, shrinkage):
 
 @pytest.mark.parametrize("keep", ["features", "moments"])
 @pytest.mark.parametrize("intensity", [1e-300, 1e-17, 1e-14, 2e-13, 1e-10, 1e-6])
-@pytest.mark.parametrize("make", [_few_images, _duplicated_features])
+@pytest.mark.parametrize("make", [few_images, duplicated_features])
 def test_the_faintest_shrinkage_is_none(make, keep, intensity):
     """A singular Σ stays singular in float64 when next to nothing is added."""
     features, labels = make()
-    plain = (_h_of(features, labels, WEIGHTS), _h_of(features, labels, [1, 0, 0]))
-    statistics = _statistics(features, labels, keep)
+    plain = (exact_h(features, labels, WEIGHTS), exact_h(features, labels, [1, 0, 0]))
+    statistics = in_batches(features, labels, keep)
     # H moves in proportion to the intensity, by about the condition of what the images span.
     mixed, alone = (pytest.approx(value, abs=1e-9 + 100 * intensity) for value in plain)
     assert statistics.h_score(torch.from_numpy(WEIGHTS), shrinkage=intensity) == mixed
@@ -376,11 +119,11 @@ def _on_simplex(weights) -> bool:
 @pytest.mark.parametrize(
     ("name", "dtype", "scale"),
     [v for v in VARIANTS if v[1:] == (torch.float64, 1.0) or v[0] == "everything at once"],
-    ids=_ids,
+    ids=ids,
 )
 def test_weights_and_their_errors(name, dtype, scale, keep):
-    features, labels = _problem(name, dtype, scale)
-    statistics = _statistics(features, labels, keep)
+    features, labels = problem_of(name, dtype, scale)
+    statistics = in_batches(features, labels, keep)
     for shrinkage in (0.0, "auto"):
         problem = WeightProblem(statistics, shrinkage=shrinkage, starts=2)
         solution = problem.solve(0.0)
@@ -394,7 +137,7 @@ def test_weights_and_their_errors(name, dtype, scale, keep):
 
 def _check_errors(problem, solution, labels):
     """Finite where each fold leaves two classes behind and holds two images; errors of H wherever features are kept."""
-    left = [labels[_folds_of(labels) != k] for k in range(2)]
+    left = [labels[folds_in_order(labels) != k] for k in range(2)]
     enough = len(labels) >= 4
     known = torch.tensor([len(part.unique()) >= 2 for part in left])
     rows = problem.jackknife(solution, None, 0.0)
@@ -419,7 +162,7 @@ def _check_errors(problem, solution, labels):
 @pytest.mark.parametrize("name", ["five images", "two images and one", "identical prompts", "everything at once"])
 def test_the_other_solvers(name, solver, keep):
     features, labels = PROBLEMS[name]()
-    problem = WeightProblem(_statistics(features, labels, keep), starts=2, max_steps=20)
+    problem = WeightProblem(in_batches(features, labels, keep), starts=2, max_steps=20)
     solution = problem.solve(0.0, solver=solver)
     assert _on_simplex(solution.weights)
     rows = problem.jackknife(solution, None, 0.0, solver=solver)
@@ -429,9 +172,9 @@ def test_the_other_solvers(name, solver, keep):
 @pytest.mark.parametrize("keep", ["features", "moments"])
 def test_a_fold_that_takes_a_class_with_it_is_left_unknown(keep):
     features, _ = data(8, 3, 4, 2)
-    labels = _folds_of(torch.zeros(8))  # fold k holds all of class k
+    labels = folds_in_order(torch.zeros(8))  # fold k holds all of class k
     for solver in ("quasi-newton", "projected-gradient"):
-        problem = WeightProblem(_statistics(features, labels, keep), starts=2, max_steps=20)
+        problem = WeightProblem(in_batches(features, labels, keep), starts=2, max_steps=20)
         assert problem.jackknife(problem.solve(0.0, solver=solver), None, 0.0, solver=solver).isnan().all()
     assert np.isnan(problem.h_score_std(torch.from_numpy(WEIGHTS))) == (keep == "moments")
 
@@ -442,7 +185,7 @@ def test_a_fold_that_holds_every_image_is_left_unknown(keep):
     features, labels = data(6, 3, 4, 2)
     statistics = EnsembleStatistics(keep=keep, folds=2)
     for n in range(6):
-        statistics.merge(_statistics(features[:, n : n + 1], labels[n : n + 1], keep))
+        statistics.merge(in_batches(features[:, n : n + 1], labels[n : n + 1], keep))
     problem = WeightProblem(statistics, starts=2)
     rows = problem.jackknife(problem.solve(0.0), None, 0.0)
     assert rows[0].isnan().all()
@@ -454,10 +197,10 @@ def test_a_fold_that_holds_every_image_is_left_unknown(keep):
 def test_a_fold_with_nearly_all_of_the_variance(keep):
     """Subtracting it from the whole would leave rounding: one image is 1e7 times as far from the others as they are."""
     features, labels = data(16, 3, 4, 3)
-    alone = _folds_of(labels) == 1
+    alone = folds_in_order(labels) == 1
     features[:, int((~alone).nonzero()[3])] *= 1e7
-    score = HScore(_statistics(features, labels, keep), shrinkage=0.1)
-    left = _statistics(features[:, alone], labels[alone], "features")
+    score = HScore(in_batches(features, labels, keep), shrinkage=0.1)
+    left = in_batches(features[:, alone], labels[alone], "features")
     expected_value, expected = HScore(left, shrinkage=0.1)(WEIGHTS)
     value, gradient = next(iter(score.without_folds(WEIGHTS)))
     # Moments of the other images are about a centre of their own, or of one fold's first batch at the worst.
@@ -467,18 +210,18 @@ def test_a_fold_with_nearly_all_of_the_variance(keep):
 
 @pytest.mark.parametrize("keep", ["features", "moments"])
 @pytest.mark.parametrize(
-    "make", [_identical_prompts, _no_difference_between_classes, _five_images, _one_prompt_twice_another]
+    "make", [identical_prompts, no_difference_between_classes, five_images, one_prompt_twice_another]
 )
 def test_in_a_reduced_basis(make, keep):
     """From 128 features on, α is found in a basis of discriminants, here of few directions, or of none at all."""
     features, labels = make()
     wide = features.repeat(1, 1, 128 // features.shape[2] + 1)[..., :128]
-    problem = WeightProblem(_statistics(wide, labels, keep), shrinkage=0.1, starts=3)
+    problem = WeightProblem(in_batches(wide, labels, keep), shrinkage=0.1, starts=3)
     solution = problem.solve(0.0)
     assert solution.diagnostics.converged
     assert _on_simplex(solution.weights)
     # Copies of features change H only through the share of the trace that one direction has of all.
-    whole = WeightProblem(_statistics(wide, labels, keep), shrinkage=0.1, starts=3)
+    whole = WeightProblem(in_batches(wide, labels, keep), shrinkage=0.1, starts=3)
     whole._reduced = None
     assert solution.diagnostics.h_score == pytest.approx(whole.solve(0.0).diagnostics.h_score, abs=1e-5)
     _check_errors(problem, solution, labels)
@@ -486,8 +229,8 @@ def test_in_a_reduced_basis(make, keep):
 
 @pytest.mark.parametrize("keep", ["features", "moments"])
 def test_identical_prompts_may_be_weighted_at_will(keep):
-    features, labels = _identical_prompts()
-    solution = optimize_weights(_statistics(features, labels, keep))
+    features, labels = identical_prompts()
+    solution = optimize_weights(in_batches(features, labels, keep))
     assert _on_simplex(solution.weights)
     assert solution.diagnostics.converged
     assert solution.diagnostics.h_score == pytest.approx(solution.diagnostics.uniform_h_score, rel=1e-12)
@@ -503,7 +246,7 @@ def test_a_constant_prompt_is_refused(dtype, keep):
     features, labels = data(20, 3, 6, 3)
     features[1] = torch.linspace(0.1, 1000.7, 6)
     with pytest.raises(PromptError, match=r"prompts \[1\] give the same feature for every image.*leave them out"):
-        HScore(_statistics(features.to(dtype), labels, keep))
+        HScore(in_batches(features.to(dtype), labels, keep))
     with pytest.raises(DataError, match=r"features are constant, the same for every image.*look for"):
         hgprompt.h_score(features[1].to(dtype), labels)
 
@@ -512,11 +255,11 @@ def test_a_constant_prompt_is_refused(dtype, keep):
 def test_both_representations_take_the_same_float64_features(keep):
     """A spread of 1e-8 of the mean is rounding in float32, but eight good digits in float64."""
     features, labels = data(20, 3, 4, 3)
-    expected = HScore(_statistics(features, labels, keep), shrinkage=0.1)(WEIGHTS)[0]
-    far = HScore(_statistics(features + 1e8, labels, keep), shrinkage=0.1)(WEIGHTS)[0]
+    expected = HScore(in_batches(features, labels, keep), shrinkage=0.1)(WEIGHTS)[0]
+    far = HScore(in_batches(features + 1e8, labels, keep), shrinkage=0.1)(WEIGHTS)[0]
     assert far == pytest.approx(expected, rel=1e-6)
     with pytest.raises(PromptError, match="same feature"):
-        HScore(_statistics((features + 1e8).float(), labels, keep))
+        HScore(in_batches((features + 1e8).float(), labels, keep))
 
 
 @pytest.mark.parametrize("keep", ["features", "moments"])
@@ -526,7 +269,7 @@ def test_prompts_that_cancel_one_another_are_refused(dtype, shrinkage, keep):
     features, labels = data(20, 3, 6, 3)
     features = features.to(dtype)
     features[2] = -features[0] - features[1]
-    statistics = _statistics(features, labels, keep)
+    statistics = in_batches(features, labels, keep)
     with pytest.raises(PromptError, match=r"cancel one another.*leave out a prompt"):
         statistics.h_score(torch.from_numpy(WEIGHTS), shrinkage=shrinkage)
     with pytest.raises(PromptError, match="cancel one another"):
@@ -539,7 +282,7 @@ def test_where_prompts_cancel_one_another_nothing_is_told(shrinkage, keep):
     """Two opposite prompts beside a third: at the point of the simplex where they leave nothing, H is 0, not noise."""
     features, labels = data(20, 3, 6, 3)
     features[1] = -features[0]
-    statistics = _statistics(features + 3, labels, keep)
+    statistics = in_batches(features + 3, labels, keep)
     value, gradient = HScore(statistics, shrinkage=shrinkage)(np.array([0.5, 0.5, 0.0]))
     assert value == 0
     assert not gradient.any()
@@ -554,7 +297,7 @@ def test_features_beyond_float64_squared_are_refused(scale, keep):
     assert float(hgprompt.h_score(features[0] * scale, labels)) == pytest.approx(expected, rel=1e-12)
     cause = "scale the features" if scale > 1e-150 else "same feature for every image"  # squares are all 0
     with pytest.raises(PromptError, match=rf"prompts \[0, 1, 2\].*{cause}"):
-        HScore(_statistics(features * scale, labels, keep))
+        HScore(in_batches(features * scale, labels, keep))
 
 
 @pytest.mark.parametrize(
@@ -567,13 +310,13 @@ def test_features_beyond_float64_squared_are_refused(scale, keep):
     ],
 )
 def test_weights_without_a_direction_are_refused(weights, message):
-    statistics = _statistics(*data(20, 3, 6, 3), "features")
+    statistics = in_batches(*data(20, 3, 6, 3), "features")
     with pytest.raises(OptionError, match=message):
         statistics.h_score(torch.tensor(weights))
 
 
 def test_the_scale_of_weights_does_not_matter():
-    statistics = _statistics(*data(20, 3, 6, 3), "features")
+    statistics = in_batches(*data(20, 3, 6, 3), "features")
     weights = torch.from_numpy(WEIGHTS)
     for scale in (1e-300, 1e300):
         assert statistics.h_score(scale * weights) == pytest.approx(statistics.h_score(weights), rel=1e-12)
@@ -585,7 +328,7 @@ def test_one_class_is_refused(n, keep):
     features, _ = data(5, 3, 4, 2)
     labels = torch.full((n,), 10**6)
     for call in (
-        lambda: HScore(_statistics(features[:, :n], labels, keep)),
+        lambda: HScore(in_batches(features[:, :n], labels, keep)),
         lambda: hgprompt.h_score(features[0, :n], labels),
     ):
         with pytest.raises(DataError, match=rf"at least two classes, got 1 in {n} images"):
@@ -597,7 +340,7 @@ def test_features_that_are_not_finite_are_refused(bad):
     features, labels = data(20, 3, 6, 3)
     features[1, 4, 2] = bad
     with pytest.raises(DataError, match=r"prompt 1 are not finite.*look for NaN or overflow"):
-        _statistics(features, labels, "features", batch=20)
+        in_batches(features, labels, "features", batch=20)
     with pytest.raises(DataError, match="not finite"):
         hgprompt.h_score(features[1], labels)
 
@@ -655,7 +398,7 @@ def test_finite_or_refused(problem, keep, shrinkage, folds):
     except HGPromptError:
         pass
     try:
-        whole = WeightProblem(_statistics(features, labels, keep, folds), shrinkage=shrinkage, starts=2, max_steps=20)
+        whole = WeightProblem(in_batches(features, labels, keep, folds), shrinkage=shrinkage, starts=2, max_steps=20)
     except HGPromptError:
         return
     solution = whole.solve(0.0)
@@ -682,7 +425,7 @@ def test_features_that_differ_in_their_last_digits(keep):
     for m in (1, 2, 4):
         features = torch.from_numpy(1e4 + ulp * rng.integers(-40, 41, (m, 2, 1)))
         try:
-            problem = WeightProblem(_statistics(features, torch.arange(2), keep, 1), shrinkage=0.0, starts=2)
+            problem = WeightProblem(in_batches(features, torch.arange(2), keep, 1), shrinkage=0.0, starts=2)
         except HGPromptError:  # no further apart than rounding alone may put them
             continue
         solved += 1
