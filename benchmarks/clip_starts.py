@@ -31,7 +31,7 @@ from hgprompt.tuning import TuneConfig, random_prompt, tune
 IMAGES, TEST_IMAGES, EPOCHS = 160, 200, 3
 SEEDS = (43, 44, 82)  # 42 is the seed of the sources' random start
 LAMBDAS = (1.0, 0.1, 0.0)
-FITTED = ("random", "uniform", "HGPrompt λ=0.1")
+FITTED = ("random", "best single by H", "uniform", "HGPrompt λ=0.1")
 CONFIG = TuneConfig(batch_size=32, optimizer="adamw", lr=0.16, head_lr=0.04, epochs=EPOCHS)
 
 
@@ -42,6 +42,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--to", type=Path, help="gather all that OUT holds into one file of results")
+    parser.add_argument("--device", default="", help="what it ran on, in words")
     args = parser.parse_args()
     vit = FrozenViT.from_timm(load_clip(args.load_clip, 112), dtype=fast_dtype("cpu"))
     for seed in args.seeds:
@@ -51,6 +53,10 @@ def main() -> None:
                 record = measure(vit, args.suite / task, seed, args.out)
                 write_text(done, json.dumps(jsonable(record), allow_nan=False) + "\n")
                 print(task, seed, {k: round(v, 3) for k, v in record["accuracy"].items()}, flush=True)
+    if args.to:
+        runs = [json.loads(path.read_text()) for path in sorted(args.out.glob("*-[0-9]*.json"))]
+        about = {"backbone": "CLIP ViT-B/16, int8-dequantised, 112 pixels", "device": args.device}
+        write_text(args.to, json.dumps(jsonable(about | {"runs": runs}), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def measure(vit: FrozenViT, folder: Path, seed: int, out: Path) -> dict:
