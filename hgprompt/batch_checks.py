@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,9 +13,14 @@ from hgprompt.errors import DataError
 
 class FiniteCheck:
     """Are features finite? On a CPU the answer comes at once; on a GPU, two batches later, so that the host never waits
-    for the batch that is being computed."""
+    for the batch that is being computed.
 
-    def __init__(self) -> None:
+    Args:
+        numbers: of the prompts, for the message; None: 0 … M - 1.
+    """
+
+    def __init__(self, numbers: Sequence[int] | None = None) -> None:
+        self.numbers = numbers
         self._pending: deque[tuple[torch.cuda.Event, Tensor, int]] = deque()
 
     def check(self, features: Tensor, position: int) -> None:
@@ -42,10 +48,11 @@ class FiniteCheck:
             self._require(finite, position)  # what is not finite stays the answer, however often it is asked for
             self._pending.popleft()
 
-    @staticmethod
-    def _require(finite: Tensor, position: int) -> None:
+    def _require(self, finite: Tensor, position: int) -> None:
         if not bool(finite.all()):
             bad = torch.nonzero(~finite).flatten().tolist()
+            if self.numbers is not None:
+                bad = [self.numbers[i] for i in bad]
             raise DataError(
                 f"features of prompt {bad[0]} are not finite (all: {bad[:5]}; batch after image {position}): "
                 "look for NaN or overflow in the images, the prompts or the compute dtype"

@@ -133,10 +133,12 @@ def _batches(
             images, labels = _check_batch(vit, *batch)
         except DataError as error:
             raise DataError(f"batch {position} of the loader: {error}") from error
+        position += 1
+        if len(labels) == 0:  # a collate function that drops bad images may leave none
+            continue
         if note is not None:
             note(images, labels)
         yield images, labels
-        position += 1
 
 
 def same_batches(batches: Iterator[tuple[Tensor, Tensor]], ranks: Ranks, stage: str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -178,7 +178,10 @@ class Pass:
             labels, blend, under_mixture = (torch.cat(self.ranks.gather(t)) for t in (labels, blend, under_mixture))
         if len(labels.unique()) < 2:
             return math.nan, math.nan
-        a, b = (float(h_score(f, labels, shrinkage=intensity)) for f in (blend, under_mixture))
+        try:
+            a, b = (float(h_score(f, labels, shrinkage=intensity)) for f in (blend, under_mixture))
+        except DataError:  # few images, which happen to have the same features
+            return math.nan, math.nan
         return a, b
 
     def statistics_of_all(self, last: bool) -> EnsembleStatistics:

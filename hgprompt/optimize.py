@@ -138,6 +138,8 @@ class WeightProblem:
         size = statistics.num_prompts
         if gram is not None and tuple(gram.shape) != (size, size):
             raise OptionError(f"gram must be [{size}, {size}] for {size} prompts, got {list(gram.shape)}")
+        if gram is not None and not gram.isfinite().all():
+            raise OptionError("gram is not finite: a gradient in it was not, or was zero")
         self.statistics, self.size, self.normalize = statistics, size, normalize
         self.starts, self.tolerance, self.max_steps, self.seed = starts, tolerance, max_steps, seed
         self.score = HScore(statistics, shrinkage=shrinkage)
@@ -172,31 +174,14 @@ class WeightProblem:
         Args:
             prompts: indices, each once. lam: λ. warm: weights [M] to start from too, as far as they lie within; what
                 is found is no worse than they are.
+
+        Raises:
+            OptionError: no prompts, or some that are not there, or are named twice.
         """
         check_options(lam=lam, shrinkage=0.0, solver="quasi-newton", starts=self.starts)
+        if not prompts or len(set(prompts)) < len(prompts) or not set(prompts) <= set(range(self.size)):
+            raise OptionError(f"prompts must be different indices from 0 to {self.size - 1}, got {list(prompts)}")
         return self._solve(lam, np.asarray(prompts), warm=[w.numpy() for w in warm])
-
-    def forward(self, lam: float, size: int) -> list[int]:
-        """Indices of `size` prompts by greedy forward selection, in the order in which they were taken.
-
-        Each step adds the prompt along which the objective falls most steeply, and minimises over all taken so far:
-        from where it was, and from uniform weights, since a single prompt is often a local minimum.
-        """
-        function = Objective(self._reduced or self.score, self.alignment, lam, self.normalize)
-        alone = [function(vertex)[0] for vertex in np.eye(self.size)]
-        taken = [int(np.argmin(alone))]
-        weights = np.eye(self.size)[taken[0]]
-        while len(taken) < size:
-            slopes = function(weights)[1]
-            slopes[taken] = np.inf
-            taken.append(int(np.argmin(slopes)))
-            pool = np.asarray(taken)
-            within = _PoolScore(self._reduced or self.score, pool, self.size)
-            part = Objective(within, self._alignment_of(pool), lam, self.normalize)
-            starts = weights[pool], np.full(len(pool), 1 / len(pool))
-            found = min((self._minimize(part, start) for start in starts), key=lambda m: m.value)
-            weights = within.on_all(found.weights)
-        return taken
 
     def path(self, lams: Sequence[float]) -> list[Solution]:
         """Solutions along λ, in the order given. The largest λ is solved first, where the problem is closest to
@@ -254,8 +239,9 @@ class WeightProblem:
         """Weights [folds, M] with each fold of the images left out, at the intensity of the whole.
 
         A fold's objective is taken to differ from the whole one by what its value and gradient differ by at the best
-        local minima of the whole: what is neglected is of second order in the difference that a fold makes. By
-        projected gradient, each fold's own objective is minimised from uniform weights, as Algorithm 1 starts.
+        local minima of the whole, from which it is minimised; what is neglected is of second order in the difference
+        that a fold makes. By projected gradient, each fold's own objective is minimised from uniform weights, as
+        Algorithm 1 starts.
 
         Args:
             solution: of `solve`, for the same λ.
@@ -279,21 +265,32 @@ class WeightProblem:
                 except (DataError, PromptError, StatisticsError):  # too little is left without the fold
                     rows.append(np.full(self.size, np.nan))
                     continue
-                function = Objective(score, alignment, lam, self.normalize)
+                # λ stays what it is for the whole, also where a class has gone with the fold.
+                function = Objective(_Scaled(score, self.score.num_classes), alignment, lam, self.normalize)
                 rows.append(self._minimize(function, uniform, solver, learning_rate).weights)
             return torch.from_numpy(np.stack(rows))
-        whole = Objective(self._reduced or self.score, self.alignment, lam, self.normalize)
+        whole = Objective(self.score, self.alignment, lam, self.normalize)
+        # The folds' minima are shown to the basis together: where it cannot hold them, it would begin again for each.
+        reduced = self._reduced if self._reduced is not None and self._reduced.points_at_once >= folds else None
+        cheap = Objective(reduced or self.score, self.alignment, lam, self.normalize)
         best = [(np.inf, np.full(self.size, np.nan)) for _ in range(folds)]
         for minimum in solution.diagnostics.local_minima[:_JACKKNIFE_STARTS].numpy():
-            value, gradient = whole(minimum)
+            value, gradient = whole(minimum)  # not the cheap one, which may have forgotten it
+            known, tilted = [], []
             for k, found_k in enumerate(self.score.without_folds(minimum)):
                 if not np.isfinite(found_k[0]):
                     continue
-                known = _Known(self.score.num_classes, *found_k)
-                value_k, gradient_k = Objective(known, alignments[k], lam, self.normalize)(minimum)
-                tilted = _Tilted(whole, minimum, value_k - value, gradient_k - gradient)
-                reached = self._minimize(tilted, minimum, solver)
-                best[k] = min(best[k], (reached.value, reached.weights), key=lambda pair: pair[0])
+                at_minimum = _Known(self.score.num_classes, *found_k)
+                value_k, gradient_k = Objective(at_minimum, alignments[k], lam, self.normalize)(minimum)
+                known.append(k)
+                tilted.append(_Tilted(cheap, minimum, value_k - value, gradient_k - gradient))
+            if reduced is not None:
+                reduced.show(minimum)
+            reached = [self._minimize(function, minimum) for function in tilted]
+            if reduced is not None:
+                reached = self._touch_down(tilted, reached, reduced)
+            for k, found in zip(known, reached, strict=True):
+                best[k] = min(best[k], (found.value, found.weights), key=lambda pair: pair[0])
         return torch.from_numpy(np.stack([weights for _, weights in best]))
 
     @property
@@ -326,7 +323,7 @@ class WeightProblem:
                 reduced.show(score.on_all(start))
             minima.append(self._minimize(function, start, solver, learning_rate))
         if reduced is not None:
-            minima = self._touch_down(function, minima, reduced, score)
+            minima = self._touch_down([function] * len(minima), minima, reduced, score)
         minima = [dataclasses.replace(m, weights=score.on_all(m.weights)) for m in minima]
         solution = self._solution(minima, alignment, self.score.evaluations - before, pool)
         found = solution.diagnostics
@@ -335,31 +332,36 @@ class WeightProblem:
         return solution
 
     def _touch_down(
-        self, function: Objective, minima: Sequence[Minimum], reduced: ReducedHScore, score: _PoolScore
+        self,
+        functions: Sequence[Function],
+        minima: Sequence[Minimum],
+        reduced: ReducedHScore,
+        score: _PoolScore | None = None,
     ) -> list[Minimum]:
-        """Minima of the confined objective → minima of the whole one: show it the points found and go on from there,
-        until the gap there, which is then the whole objective's own, is small enough."""
-        leaders, leader_of = _distinct([m.weights for m in minima])
-        points = [minima[k].weights for k in leaders]
+        """Minima of confined objectives → minima of the whole ones: show the basis the points found and go on from
+        there, until the gap there, which is then the whole objective's own, is small enough."""
+        leaders, leader_of = _distinct([m.weights for m in minima], functions)
+        points, functions = [minima[k].weights for k in leaders], [functions[k] for k in leaders]
         reached: list[Minimum | None] = [None] * len(points)
         for rounds in range(1, _ROUNDS + 1):
             unfinished = [k for k in range(len(points)) if reached[k] is None]
             for at in range(0, len(unfinished), reduced.points_at_once):
                 some = unfinished[at : at + reduced.points_at_once]
-                reduced.show(*(score.on_all(points[k]) for k in some))
+                reduced.show(*(points[k] if score is None else score.on_all(points[k]) for k in some))
                 for k in some:
-                    value, gradient = function(points[k])
+                    value, gradient = functions[k](points[k])
                     gap = simplex.frank_wolfe_gap(points[k], gradient)
                     here = Minimum(points[k], value, gap, rounds, rounds, gap <= self.tolerance)
-                    further = here if here.converged else self._minimize(function, points[k])
+                    further = here if here.converged else self._minimize(functions[k], points[k])
                     if further.value >= value or rounds == _ROUNDS:  # converged, or out of float64's digits
                         reached[k] = here
                     else:
                         points[k] = further.weights
             # What the basis kept apart may have come together with every direction that was added.
-            first, group_of = _distinct(points)
+            first, group_of = _distinct(points, functions)
             leader_of = [group_of[k] for k in leader_of]
             points, reached = [points[k] for k in first], [reached[k] for k in first]
+            functions = [functions[k] for k in first]
         found = [m for m in reached if m is not None]
         return [found[k] for k in leader_of]
 
@@ -418,6 +420,17 @@ class _PoolScore:
             return self.score.within(self.pool, weights)
         value, gradient = self.score(self.on_all(weights))
         return value, gradient[self.pool]
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """An H-score of fewer classes, beside one of `num_classes`."""
+
+    score: HScore
+    num_classes: int
+
+    def __call__(self, weights: Vector) -> tuple[float, Vector]:
+        return self.score(weights)
 
 
 @dataclass(frozen=True)
@@ -480,12 +493,14 @@ def check_options(
         raise OptionError(f"learning_rate must be a number above 0, got {learning_rate}")
 
 
-def _distinct(points: Sequence[Vector]) -> tuple[list[int], list[int]]:
-    """The first of every group of points that lie together; and for each point, which of the groups is its own."""
+def _distinct(points: Sequence[Vector], functions: Sequence[Function] | None = None) -> tuple[list[int], list[int]]:
+    """The first of every group of points (of one function) that lie together; and for each point, which of the groups
+    is its own."""
     leaders: list[int] = []
     leader_of = []
     for k, point in enumerate(points):
-        near = [g for g, j in enumerate(leaders) if np.abs(points[j] - point).sum() < _SAME]
+        own = [g for g, j in enumerate(leaders) if functions is None or functions[j] is functions[k]]
+        near = [g for g in own if np.abs(points[leaders[g]] - point).sum() < _SAME]
         if not near:
             leaders.append(k)
         leader_of.append(near[0] if near else len(leaders) - 1)

@@ -89,10 +89,11 @@ class ReducedHScore:
         if basis.shape[1] > self.capacity:
             known, basis = 0, _extended(None, needed)
         if besides:
-            more = _outside(basis, torch.cat([z.cpu() for z in besides], dim=1))
-            left, size, _ = torch.linalg.svd(more, full_matrices=False)
+            all_of_them = torch.cat([z.cpu() for z in besides], dim=1)
+            left, size, _ = torch.linalg.svd(_outside(basis, all_of_them), full_matrices=False)
             room = max(self.capacity // 2 - basis.shape[1], 0)
-            basis = _extended(basis, left[:, :room] * size[:room])
+            new = size > 1e-9 * all_of_them.norm(dim=0).max()  # and not rounding
+            basis = _extended(basis, left[:, new][:, :room])
         if basis.shape[1] > known:
             self._mixture = self._projection.onto(basis, known)
         self.basis = basis

@@ -95,10 +95,6 @@ class ImageSample:
         """All images [n, ...], labels [n] and features [M, n, h], in the order of the stream."""
         return self._select(self._in_order())
 
-    def positions(self) -> Tensor:
-        """Places of the images of `all` in the whole stream [n]."""
-        return torch.tensor([self._positions[i] for i in self._in_order()], dtype=torch.int64)
-
     def _place(self, number: int) -> int | None:
         if self.capacity is None:
             return len(self._images)

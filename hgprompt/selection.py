@@ -60,7 +60,8 @@ class SuccessiveHalving:
         budget · κ = m_R + Σ_r t_r (m_r - m_{r+1}),   t_r = t_0 2^r,   m_r prompts in round r from 0 to R,
 
     where t_r is the share of the images that was seen; an elimination with t_r ≥ 1 is left out. Eliminations are at the
-    end of the last batch that is in time, so that the budget is kept if no batch is larger than the first round.
+    end of the last batch that is in time, so that the budget is kept by batches of one size, no larger than the first
+    round.
 
     Args:
         num_prompts: κ. size: prompts that are wanted in the end. num_images: N of the stream.

@@ -183,6 +183,8 @@ class EnsembleStatistics:
     def select(self, prompts: Sequence[int]) -> EnsembleStatistics:
         """Statistics of these prompts alone, in this order; features are copied, nothing is shared.
 
+        Later errors name a prompt by its number here.
+
         Raises:
             StatisticsError: only moments are kept: what Ledoit–Wolf's intensity needs of another mixture is not there.
         """
@@ -191,6 +193,8 @@ class EnsembleStatistics:
         part._num_images, part._shape, part._dtype = self._num_images, (len(prompts), self.width), self._dtype
         part._classes, part._labels, part._fold_of = set(self._classes), [labels], [self.fold_of]
         part._features = [features[list(prompts)]]
+        numbers = self._finite.numbers
+        part._finite.numbers = list(prompts) if numbers is None else [numbers[i] for i in prompts]
         return part
 
     def merge(self, other: EnsembleStatistics) -> None:
@@ -265,8 +269,6 @@ class EnsembleStatistics:
         else:
             keep = self.keep
         with ranks.together(_STAGE):
-            if self._limit is None and self.max_bytes is None:  # no batch came by that would have asked
-                self._limit = available_bytes(self._device)
             kinds = self._with_room(total, len(classes), keep)
         chosen = self._chosen_by_all(ranks.gather_json(kinds))
         device = self._device
@@ -496,6 +498,9 @@ class EnsembleStatistics:
     def _with_room(self, num_images: int, num_classes: int, keep: Keep) -> list[Representation]:
         """What can be kept, the smaller first; StatisticsError where there is no room for any of it."""
         sizes = self._footprint(max(num_images, self._expected), num_classes)
+        if self._limit is None and self.max_bytes is None:  # what is kept came from elsewhere
+            free = available_bytes(self._device)
+            self._limit = None if free is None else free + self.nbytes
         kinds = [keep] if keep != "auto" else sorted(sizes, key=lambda kind: sizes[kind].kept)
         fitting = [kind for kind in kinds if self._limit is None or sizes[kind].peak <= self._limit]
         if fitting:

@@ -79,7 +79,8 @@ class StopRule:
             self._looks.pop()
             self._found.pop()
         self._looks.append((self.num_images, weights))
-        self._found.append(max(weight_error(weights_without_fold), self._moved(weights)))
+        bound = max(weight_error(weights_without_fold), self._moved(weights))
+        self._found.append(math.inf if math.isnan(bound) else bound)  # without some fold, α is not known
         self.error = FACTOR * max(self._found[-LOOKS:]) if len(self._found) >= LOOKS else math.inf
         logger.info("%d images: α is known to %.3f (L1)", self.num_images, self.error)
         return self.error <= self.tolerance

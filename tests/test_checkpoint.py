@@ -123,6 +123,29 @@ def test_a_resumed_pass_has_the_bits_of_the_undisturbed_one(kind, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("kind", ["features", "moments", "own head"])
+def test_empty_batches_are_passed_over(kind, tmp_path):
+    """As a collate function makes them that drops bad images, all of a batch's."""
+    batches = _batches()
+    empty = (batches[0][0][:0], batches[0][1][:0])
+    holes = [empty, batches[0], empty, *batches[1:], empty]
+    expected = _run(batches, **OPTIONS[kind])
+    with pytest.raises(DataError, match="call again with the same data"):
+        _run(_Until(5, batches=holes), tmp_path, **OPTIONS[kind])
+    _assert_same_bits(_run(holes, tmp_path, **OPTIONS[kind]), expected)
+
+
+def test_looks_that_know_nothing_can_be_gone_on_from(tmp_path, monkeypatch):
+    """With one image of a class, the fold that holds it leaves no weights behind."""
+    monkeypatch.setattr("hgprompt.stopping.FIRST", 12)
+    images, labels = _data()
+    labels = (torch.arange(len(labels)) == 3).long()
+    batches, options = _batches(images=images, labels=labels), {"tolerance": 1e-9, "folds": 2}
+    with pytest.raises(DataError, match="call again with the same data"):
+        _run(_Until(5, batches=batches), tmp_path, **options)
+    _assert_same_bits(_run(batches, tmp_path, **options), _run(batches, **options))
+
+
 def test_looks_after_a_resume_are_those_of_the_undisturbed_pass(tmp_path, monkeypatch):
     """Gradients of a closed-form head are taken for the first look and stay until a stop: also when a pass has been
     broken off after that look, and its sample has grown since."""

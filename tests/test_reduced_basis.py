@@ -40,6 +40,15 @@ def test_a_full_basis_starts_again_from_the_latest():
         assert reduced(point)[0] == pytest.approx(score(point)[0], rel=1e-8)
 
 
+def test_what_is_known_already_takes_no_room():
+    """Eight prompts that are one: two directions tell three classes apart, whoever brings them."""
+    features, labels = data(120, 1, 40, 3)
+    score = HScore(statistics_of(features.expand(8, -1, -1).contiguous(), labels), shrinkage=0.05)
+    reduced = ReducedHScore(score, capacity=20)
+    reduced.take([score.evaluate(np.full(8, 1 / 8))[1]], besides=[score.evaluate(v)[1] for v in np.eye(8)])
+    assert reduced.basis.shape[1] == 2
+
+
 def test_directions_are_orthonormal():
     reduced = ReducedHScore(HScore(statistics_of(*data(80, 4, 40, 5)), shrinkage=0.05), capacity=40)
     for point in np.random.default_rng(0).dirichlet(np.ones(4), size=6):

@@ -206,6 +206,18 @@ def _halve(features, labels, **options):
     return halving
 
 
+def test_a_prompt_that_fails_late_is_named_by_its_number_in_the_pool():
+    features, labels = _pool()
+    halving = SuccessiveHalving(32, 4, 400)
+    for start in range(0, 200, 10):
+        halving.update(features[halving.survivors, start : start + 10], labels[start : start + 10])
+    assert len(halving.survivors) < 32
+    bad = features[halving.survivors, 200:210].clone()
+    bad[-1] = torch.nan
+    with pytest.raises(DataError, match=rf"features of prompt {int(halving.survivors[-1])} are not finite"):
+        halving.update(bad, labels[200:210])
+
+
 def _task():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 2, (160,), generator=generator)

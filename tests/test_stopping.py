@@ -27,6 +27,20 @@ def test_looks_come_after_growing_numbers_of_images():
     assert all(GROWTH * a <= b <= GROWTH * a + 10 for a, b in itertools.pairwise(looks))
 
 
+def test_a_look_that_knows_nothing_counts_as_infinite():
+    """One fold held all of a class: without it there is no α. A NaN would be lost among later looks."""
+    rule = StopRule(0.1, folds=8)
+    for images in (100, 100, 200):
+        _look(rule, images, 0.5, 0.5)
+    rule.due(torch.arange(400) % 3)
+    weights, without = _sure(0.5, 0.5)
+    without = without.clone()
+    without[3] = torch.nan
+    assert not rule.look(weights, without)
+    assert rule.error == float("inf")
+    assert rule.state()[2].isnan().sum() == 0
+
+
 def _look(rule, images, *weights):
     rule.due(torch.arange(images) % 3)
     return rule.look(*_sure(*weights))
