@@ -122,7 +122,9 @@ def reproduce(
     wanted.check()
     share = Share.of_environment()
     known = None if pool is None else PromptPool.load(pool)
-    suite, targets, tuned = _tasks(wanted, data_root, _names(tasks), _names(sources), find_suite)
+    suite, targets, tuned = _tasks(
+        wanted, data_root, _names(tasks), _names(sources) or (None if pool else wanted.sources), find_suite
+    )
     say: Callable[[str], None] = lambda line: None if as_json or share.rank else typer.echo(line, err=True)  # noqa: E731
     for line in suite.lines():
         say(line)
@@ -166,10 +168,10 @@ def _tasks(
     wanted: Experiment, root: Path, targets: tuple[str, ...] | None, sources: tuple[str, ...] | None, find: Any
 ) -> tuple[Suite, tuple[str, ...], tuple[str, ...]]:
     """The suite that holds all that is needed, the targets in it, and the tasks to tune sources on."""
-    sources = sources or wanted.sources
     mine = targets or wanted.targets
-    suite = find(root, None if mine is None and sources is None else [*(mine or ()), *(sources or ("paper", "own"))])
-    chosen = tuple(find(root, mine).tasks) if mine is not None else tuple(suite.tasks)
+    needed = None if mine is None and sources is None else [*(mine or ("paper", "own")), *(sources or ("paper", "own"))]
+    suite = find(root, needed)
+    chosen = tuple(find(root, mine).tasks)
     there = suite.usual_sources if sources is None else tuple(find(root, sources).tasks)
     return suite, chosen, there
 

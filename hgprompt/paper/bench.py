@@ -9,7 +9,7 @@ from hgprompt.data.folders import available_cores
 from hgprompt.errors import OptionError
 from hgprompt.paper.cells import Cell, Work
 from hgprompt.paper.lab import Lab
-from hgprompt.tuning.method import Method
+from hgprompt.tuning.method import Method, identified
 from hgprompt.tuning.methods import CONTROLS, METHODS, FittedHGPrompt, HGPrompt, RawHGPrompt
 from hgprompt.tuning.protocol import GRIDS, select_and_retrain
 
@@ -74,18 +74,7 @@ def method_cell(lab: Lab, name: str, task: str) -> Cell:
 
 def method_key(method: Method, task: str) -> str:
     """Of a method's cell on a task."""
-    return f"{method.name}.{task}".replace(" λ=", "-lambda-").replace(", ", "-").replace(" ", "-")
-
-
-def identified(method: Method) -> dict[str, Any]:
-    """A method's part in the identity of a result."""
-    return {"method": options_of(method)} | ({"revision": method.revision} if method.revision else {})
-
-
-def options_of(method: Method) -> dict[str, Any]:
-    """JSON-able: what a method is, and how it was made."""
-    made = {k: options_of(v) if isinstance(v, Method) else v for k, v in vars(method).items()}
-    return {"class": type(method).__name__, **made}
+    return method.name.replace(" λ=", "-lambda-").replace(", ", "-").replace(" ", "-") + f".{task}"
 
 
 def _evaluate(lab: Lab, method: Method, task: str, work: Work) -> dict[str, Any]:

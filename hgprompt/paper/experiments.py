@@ -69,8 +69,8 @@ _ABLATION = {
 
 def _method_cells(lab: Lab, methods: Sequence[str], targets: Sequence[str]) -> list[Cell]:
     # Task by task: a process then has one task's images in memory for all of its methods.
-    cells = [method_cell(lab, method, task) for task in targets for method in dict.fromkeys(methods)]
-    return list({cell.key: cell for cell in cells}.values())
+    different = {method_of(method, lab.plan.lam).name: method for method in methods}.values()
+    return [method_cell(lab, method, task) for task in targets for method in different]
 
 
 def _of(lab: Lab, method: str, request: Request, records: Records) -> dict[str, Mapping[str, Any]]:
@@ -119,7 +119,7 @@ def _paired(lab: Lab, request: Request, records: Records) -> tuple[list[str], li
     file = lab.out / "table1-paired.csv"
     write_text(file, _csv(["method", "mean", "standard_error", "p", "ahead", "ties", "runs"], rows))
     shown = [
-        [str(method), f"{mean:+.1f}" + ("" if error is None else f" ± {error:.1f}"), f"{p:.3f}",
+        [str(method), f"{mean:+.1f}" + ("" if error is None else f" ± {error:.1f}"), _digits(p),
          f"{ahead} of {runs}" + ("" if not ties else ", 1 tie" if ties == 1 else f", {ties} ties")]
         for method, mean, error, p, ahead, ties, runs in rows
     ]  # fmt: skip
@@ -161,13 +161,17 @@ def _write_accuracies(
     return files
 
 
+def _digits(p: Any) -> str:
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.1g}"
+
+
 def _diverged(lab: Lab, request: Request, records: Records) -> list[str]:
     """A sentence for final runs that came to nothing, which count as 0 % in means."""
     of_targets = {lab.task(task).name for task in request.targets}
     found = [
         f"{key} ({sum(record['diverged'])} of {len(record['diverged'])} seeds)"
         for key, record in records.items()
-        if any(record.get("diverged", ())) and key.rpartition(".")[2] in of_targets
+        if any(record.get("diverged", ())) and any(key.endswith(f".{name}") for name in of_targets)
     ]
     return [f"Diverged with the rates chosen, and counted as 0 %: {', '.join(found)}."] if found else []
 

@@ -16,7 +16,7 @@ from hgprompt.backbone import FrozenViT
 from hgprompt.data import LabelledImages
 from hgprompt.errors import DataError, OptionError, PromptError
 from hgprompt.paper.cells import Cell, Work
-from hgprompt.paper.tasks import LoadedTask, Suite, TaskFolder, canonical
+from hgprompt.paper.tasks import VTAB, LoadedTask, Suite, TaskFolder, canonical
 from hgprompt.pool import PromptPool
 from hgprompt.progress import Reporter
 from hgprompt.tuning import TuneConfig, random_prompt, tune
@@ -58,6 +58,8 @@ class Plan:
             raise OptionError(f"grid must be one of {', '.join(GRIDS)}, got {self.grid!r}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise OptionError(f"seeds must be different numbers, at least one; got {list(self.seeds)}")
+        if self.pool_seed in self.seeds:
+            raise OptionError(f"seed {self.pool_seed} is that of the sources' common start: take others for the runs")
         for name in ("tokens", "epochs", "source_epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -101,7 +103,7 @@ class Lab:
                     f"--tokens {pool.num_tokens}" + (" --deep" if pool.is_deep else " without --deep")
                 )
             # A prompt that is named otherwise may still be of one of the tasks: its record says so.
-            self._tasks_of = {n: canonical(str(pool.metadata[n].get("task", n))) for n in pool}
+            self._tasks_of = {n: _task_of(str(pool.metadata[n].get("task", n))) for n in pool}
         else:
             unknown = [n for n in sources or () if canonical(n) not in suite.tasks]
             if unknown:
@@ -131,7 +133,7 @@ class Lab:
         """What every result on a task depends on, and what this one depends on besides."""
         vit = self.backbone
         return {
-            "recipe": RECIPE, "backbone": vit.fingerprint, "image_size": list(vit.image_size),
+            "recipe": RECIPE, "network": vit.name, "backbone": vit.fingerprint, "image_size": list(vit.image_size),
             "normalisation": [list(vit.mean), list(vit.std), vit.interpolation],
             "dtype": str(vit.dtype).removeprefix("torch."), "task": canonical(task), "data": self.task(task).digest,
             "tokens": self.plan.tokens, "deep": self.plan.deep, **more,
@@ -140,7 +142,8 @@ class Lab:
     def pool_identity(self, names: Sequence[str]) -> str:
         """A digest of what these source prompts depend on, known before they are tuned."""
         if self._given is not None:
-            return _digest({name: self._given[name] for name in names})
+            began = [self._given.metadata[name].get("init_seed") for name in names]  # SPoT and PANDA start there
+            return _digest({name: self._given[name] for name in names}, json.dumps(began))
         recipes = [[name, self._source_identity(name)] for name in names]
         return hashlib.sha256(json.dumps(recipes, sort_keys=True).encode()).hexdigest()
 
@@ -242,8 +245,14 @@ class Lab:
         return {"train_accuracy": last["train_accuracy"][0], "loss": last["loss"][0], "seconds": tuned.seconds}
 
 
-def _digest(prompts: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _task_of(name: str) -> str:
+    """The task that a prompt is of, by any of the task's names, or by its title ("CIFAR-100")."""
+    titles = {task.title.casefold(): task.name for task in VTAB}
+    return titles.get(name.casefold(), canonical(name))
+
+
+def _digest(prompts: dict[str, Tensor], more: str) -> str:
+    digest = hashlib.sha256(more.encode())
     for name, prompt in prompts.items():
         digest.update(f"{name}{prompt.dtype}{list(prompt.shape)}".encode())
         digest.update(prompt.numpy().tobytes())

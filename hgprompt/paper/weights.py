@@ -15,10 +15,10 @@ from torch import Tensor
 
 from hgprompt.ensemble import fast_ensemble
 from hgprompt.errors import OptionError
-from hgprompt.paper.bench import identified, method_of
+from hgprompt.paper.bench import method_of
 from hgprompt.paper.cells import Cell, Work
 from hgprompt.paper.lab import Lab
-from hgprompt.tuning.method import Method, Setting
+from hgprompt.tuning.method import Method, Setting, identified
 from hgprompt.tuning.methods import ATTEMPT, PANDA, HGPrompt, SPoT
 from hgprompt.tuning.methods.attempt import AttemptLearner, attention
 from hgprompt.tuning.methods.panda import transferability

@@ -1,4 +1,4 @@
-"""Learner: what a method trains on one task, R runs side by side; and Method: what makes one.
+"""Learner: what a method trains on one task, R runs side by side.
 
 The trainer (`hgprompt.tuning.trainer`) knows learners only: it draws batches, sets learning rates, steps optimisers,
 writes checkpoints. A learner knows what is trained and what a batch costs: nothing of epochs or files.

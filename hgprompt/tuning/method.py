@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -99,3 +99,13 @@ class Method(ABC):
     @abstractmethod
     def num_parameters(self, setting: Setting) -> int:
         """Trained numbers beside the head, by formula."""
+
+
+def identified(method: Method) -> dict[str, Any]:
+    """JSON-able: a method's part in the identity of a result: what it is, how it was made, and its revision."""
+    return {"method": _options_of(method)} | ({"revision": method.revision} if method.revision else {})
+
+
+def _options_of(method: Method) -> dict[str, Any]:
+    made = {k: _options_of(v) if isinstance(v, Method) else v for k, v in vars(method).items()}
+    return {"class": type(method).__name__, **made}

@@ -21,7 +21,7 @@ from hgprompt.errors import DataError, OptionError
 from hgprompt.files import make_directory
 from hgprompt.progress import Progress, Reporter
 from hgprompt.tuning.config import TuneConfig
-from hgprompt.tuning.method import Cost, Method, Prepared, Setting
+from hgprompt.tuning.method import Cost, Method, Prepared, Setting, identified
 from hgprompt.tuning.prompts import identity_of
 from hgprompt.tuning.trainer import Images, Trained, train
 
@@ -153,8 +153,8 @@ def select_and_retrain(
         grid: "full", "rates", "quick", or base rates and decays.
         seeds: of the final runs; the first is that of the selection.
         config: epochs, batch size, warm-up and dropout of every run; None: TuneConfig().
-        runs_at_once: grid points that train side by side; None: all for prompts and heads, 4 where a run may hold a
-            copy of the network.
+        runs_at_once: grid points that train side by side; None: the method's own number, else 64 for prompts and heads,
+            and 4 where a run may hold a copy of the network.
         folder: where to keep checkpoints; a call that was interrupted goes on from them.
         workers: processes that decode images that are not in memory. progress: as for `train`.
 
@@ -184,7 +184,7 @@ def select_and_retrain(
             trained = train(
                 prepared.learner, prepared.configs or configs, setting.train, images, num_classes=setting.num_classes,
                 checkpoint=None if folder is None else folder / f"{method.name}-{name}.safetensors",
-                identity={"method": method.name, **identity_of(setting.backbone)}, workers=workers,
+                identity=identified(method) | identity_of(setting.backbone), workers=workers,
                 progress=report, stage=f"{method.name}, {name}",
             )  # fmt: skip
             return prepared, trained

@@ -240,9 +240,10 @@ class _Runs:
         return losses, correct
 
     def check(self) -> None:
-        """Freeze runs whose tensors are not finite, although their last loss was."""
+        """Freeze runs whose tensors are not finite, although their last loss was; and once more those that were frozen:
+        they went through the network all the same, which leaves its mark on buffers."""
         for run, tensors in enumerate(self._by_run()):
-            if not self.diverged[run] and not all(bool(t.isfinite().all()) for t in tensors.values()):
+            if self.diverged[run] or not all(bool(t.isfinite().all()) for t in tensors.values()):
                 self._freeze(run)
 
     def _freeze(self, run: int) -> None:

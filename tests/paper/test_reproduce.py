@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from vtab_folders import write_task
 
-from hgprompt import PromptPool
+from hgprompt import OptionError, PromptPool
 from hgprompt.cli import main
-from hgprompt.paper import figures, method_names
-from hgprompt.paper.bench import COMPARED
+from hgprompt.paper import Plan, figures, method_names
+from hgprompt.paper.bench import COMPARED, method_key
 from hgprompt.paper.embedding import neighbour_accuracy
 from hgprompt.tuning.methods import HGPrompt
 from hgprompt.tuning.protocol import GRIDS, Grid
@@ -182,6 +182,27 @@ def test_wrong_wishes(reproduce, root, tmp_path):
     assert "has no task 'ant'" in reproduce("table1", "--tasks", "ant", code=1)
     assert "none of the tasks cifar, svhn" in reproduce("fig6", code=1)
     assert "--seeds must be whole numbers" in reproduce("table1", "--seeds", "1,a", code=1)
+
+
+def test_sources_do_not_choose_the_targets(reproduce, root):
+    said = json.loads(reproduce("table1", "--methods", "VPT", "--sources", "ants,bees,cats", "--dry-run", "--json"))
+    assert {key for key in (*said["done"], *said["to_do"]) if key.startswith("VPT")} == {
+        f"VPT.{name}" for name in ("ants", "bees", "cats", "owls")
+    }
+
+
+def test_a_pool_brings_the_sources_of_fig5(reproduce, out, tmp_path):
+    plan = ("--pool", out / "pool.safetensors", "--out", tmp_path, "--dry-run", "--json")
+    assert "embedding.owls" in json.loads(reproduce("fig5", "--tasks", "owls", *plan))["to_do"]
+
+
+def test_tasks_of_like_names_have_cells_of_their_own():
+    assert method_key(COMPARED["Linear"], "red fox") != method_key(COMPARED["Linear"], "red-fox")
+
+
+def test_the_start_of_the_sources_is_none_of_the_runs():
+    with pytest.raises(OptionError, match="seed 0"):
+        Plan(seeds=(0, 1))
 
 
 def test_names_of_methods_may_have_commas():

@@ -14,7 +14,7 @@ from hgprompt import DataError, FrozenViT, OptionError, PromptPool
 from hgprompt.data import LabelledImages
 from hgprompt.tuning import TuneConfig, random_prompt, tune
 from hgprompt.tuning.method import Setting
-from hgprompt.tuning.methods import CONTROLS, METHODS
+from hgprompt.tuning.methods import CONTROLS, METHODS, PANDA
 from hgprompt.tuning.protocol import GRIDS, SEEDS, Grid, choose, select_and_retrain
 
 CONFIG = TuneConfig(epochs=4, batch_size=8)
@@ -93,6 +93,33 @@ def test_a_rate_that_diverges_loses(problem):
         select_and_retrain(
             METHODS["VPT"], *problem, grid=Grid((1e6,), (1e3,)), config=dataclasses.replace(CONFIG, epochs=12)
         )
+
+
+def test_buffers_of_a_diverged_run_do_not_spoil_its_checkpoint(problem, tmp_path):
+    """BatchNorm's statistics: the run goes on through the network beside the others, and they become infinite."""
+    options = {"grid": Grid((1e6, 0.1), (1e3,)), "config": dataclasses.replace(CONFIG, epochs=12), "folder": tmp_path}
+
+    class Stop(Exception):
+        pass
+
+    def stop(stage, done, total):
+        if stage == "MLP-3, final" and done == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        select_and_retrain(METHODS["MLP-3"], *problem, progress=stop, **options)
+    outcome = select_and_retrain(METHODS["MLP-3"], *problem, **options)
+    assert outcome.grid[0]["accuracy"] == 0
+
+
+def test_a_checkpoint_knows_how_its_method_was_made(problem, tmp_path):
+    setting, val200, both, test = problem
+    pool = PromptPool({f"p{i}": random_prompt(setting.backbone, 2, seed=i) for i in range(2)})
+    first, second = (dataclasses.replace(s, pool=pool) for s in (setting, both))
+    options = {"grid": Grid((1.0,), (0.0,)), "config": CONFIG, "seeds": (1,), "folder": tmp_path}
+    select_and_retrain(PANDA(0.01), first, val200, second, test, **options)
+    with pytest.raises(OptionError, match="another run"):
+        select_and_retrain(PANDA(100.0), first, val200, second, test, **options)
 
 
 def test_methods_may_change_their_configs(problem):
