@@ -12,6 +12,7 @@ from scipy.optimize import minimize, nnls
 from hgprompt import simplex
 from hgprompt.errors import DataError, OptionError, PromptError, StatisticsError
 from hgprompt.objective import Alignment, HScore, Objective, gram_of
+from hgprompt.sample import folds_of
 from hgprompt.statistics import EnsembleStatistics
 from hgprompt.transferability import (
     CrossFoldAlignment,
@@ -426,8 +427,9 @@ def test_trace_ratio_at_a_vertex_is_the_metric(keep):
     function = TraceRatio.from_statistics(_statistics(features, labels, keep))
     for vertex, f in zip(np.eye(M), features, strict=True):
         assert function(vertex)[0] == pytest.approx(-trace_ratio(f, labels), rel=1e-10)
-    folded = TraceRatio.from_statistics(_statistics(features, labels, keep, folds=4), without_fold=1)
-    rest = torch.arange(len(labels)) % 4 != 1
+    statistics = _statistics(features, labels, keep, folds=4)
+    folded = TraceRatio.from_statistics(statistics, without_fold=1)
+    rest = torch.from_numpy(folds_of(np.arange(len(labels)), 4)) != 1
     assert folded(np.eye(M)[2])[0] == pytest.approx(-trace_ratio(features[2, rest], labels[rest]), rel=1e-10)
 
 
