@@ -194,10 +194,9 @@ def print_comparison(comparison: Comparison, title: str) -> None:
         difference = (
             "" if k == uniform else _spread(comparison.curves[-1, :, k] - comparison.curves[-1, :, uniform], "+")
         )
-        label = escape(name) + (f" ({_most_common(comparison.singles)})" if name == SINGLE else "")
-        table.add_row(label, *cells, difference, style="bold" if k == best else "")
+        table.add_row(escape(name), *cells, difference, style="bold" if k == best else "")
     console.print(table)
-    console.print(f"by chance {100 / comparison.num_classes:.1f}")
+    console.print(f"by chance {100 / comparison.num_classes:.1f}; {SINGLE}: {_most_common(comparison.singles)}")
     weights = [
         f"{escape(name)} {sum(float(e.weights[i]) for e in comparison.ensembles) / len(comparison.ensembles):.2f}"
         for i, name in enumerate(comparison.ensembles[0].names)
