@@ -4,8 +4,8 @@ A cell's file appears whole or not at all, and carries all that its result depen
 moment: what is finished is never done again, the rest goes on from its own checkpoints, and what was made otherwise
 (other data, another backbone, other options) is refused instead of mixed in.
 
-Several processes share the work without speaking to one another: each deals the same list in the same way and takes
-its own share.
+Several processes share the work without speaking to one another: each deals the same list in the same way, does its
+own share, and then, on one machine, what nobody has begun of the others'.
 """
 
 from __future__ import annotations
@@ -65,14 +65,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of the work is this process's: rank of world. torchrun says so in RANK and WORLD_SIZE."""
+    """Which part of the work is this process's: rank of world. torchrun says so in RANK and WORLD_SIZE.
+
+    helps: go on with the others' cells when one's own are finished. For processes of one machine: locks on files, which
+    keep two from one cell, do not reach other machines on every file system.
+    """
 
     rank: int = 0
     world: int = 1
+    helps: bool = False
 
     @classmethod
     def of_environment(cls) -> Share:
-        """As RANK and WORLD_SIZE say; all of it where they say nothing.
+        """As RANK and WORLD_SIZE say; all of it where they say nothing. Helps where LOCAL_WORLD_SIZE says that all
+        processes are on this machine.
 
         Raises:
             OptionError: they say something else than a rank.
@@ -80,7 +86,7 @@ class Share:
         rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
             raise OptionError(f"RANK {rank!r} of WORLD_SIZE {world!r} is no share of the work: unset both")
-        return cls(int(rank), int(world))
+        return cls(int(rank), int(world), helps=os.environ.get("LOCAL_WORLD_SIZE") == world)
 
     def of(self, cells: Sequence[Cell]) -> list[Cell]:
         """This process's cells, in the order of the plan: each cell, the costliest first, goes to whoever has least."""
@@ -144,6 +150,14 @@ class Store:
         """Delete what the cell, however it was begun, has left to go on from."""
         shutil.rmtree(self._begun(cell), ignore_errors=True)
 
+    def has_checkpoints(self, cell: Cell) -> bool:
+        """Whether the cell, however it was begun, has left anything to go on from."""
+        return self._begun(cell).exists()
+
+    def claimed(self, cell: Cell) -> contextlib.AbstractContextManager[bool]:
+        """Whether this process alone may work on the cell; it may while the context lasts."""
+        return _claimed(self._begun(cell))
+
     def _begun(self, cell: Cell) -> Path:
         return self.out / "checkpoints" / _file_name(cell.key)
 
@@ -163,6 +177,8 @@ def run_cells(
     wait: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Do this process's share of what is not finished yet.
+
+    A cell that another process is at (a run of another number of processes, say) is left to it.
 
     Args:
         store: where results are, and go. cells: the whole plan, the same in every process.
@@ -186,21 +202,35 @@ def run_cells(
     with _alone(store.directory / f".{share.rank}-of-{share.world}.lock"), Progress.of(progress) as report:
         done = store.finished(cells)  # also refuses what was made otherwise, before any work
         mine = share.of(cells)
-        for cell in mine:  # a kill between a cell's file and its clean-up leaves checkpoints that nobody needs
-            if cell.key in done:
-                store.forget_checkpoints(cell)
-        ahead = [cell for cell in mine if cell.key not in done]
-        report(stage, len(mine) - len(ahead), len(mine))
-        for i, cell in enumerate(ahead, start=1):
-            checkpoints = make_directory(store.checkpoints(cell))
-            began = time.perf_counter()
-            record = cell.run(Work(checkpoints, report))
-            store.put(cell, record)
-            done[cell.key] = jsonable(dict(record))
-            store.forget_checkpoints(cell)
-            logger.info("%s finished in %.1f s", cell.key, time.perf_counter() - began)
-            report(stage, len(mine) - len(ahead) + i, len(mine))
-        while wait and len(done) < len(cells):
+
+        def tell() -> None:
+            report(stage, sum(cell.key in done for cell in mine), len(mine))
+
+        def work_on(cell: Cell) -> None:
+            with store.claimed(cell) as free:
+                record = store.get(cell)  # another process may have finished it meanwhile
+                if record is None and free:
+                    began = time.perf_counter()
+                    record = jsonable(dict(cell.run(Work(make_directory(store.checkpoints(cell)), report))))
+                    store.put(cell, record)
+                    logger.info("%s finished in %.1f s", cell.key, time.perf_counter() - began)
+                if record is not None:
+                    done[cell.key] = record
+                if free:
+                    # Also after a kill between a cell's file and its clean-up: checkpoints that nobody needs.
+                    store.forget_checkpoints(cell)
+
+        tell()
+        for cell in mine:
+            if cell.key not in done or store.has_checkpoints(cell):
+                work_on(cell)
+                tell()
+        while True:
+            for cell in cells:
+                if share.helps and cell.key not in done:
+                    work_on(cell)
+            if not wait or len(done) == len(cells):
+                break
             report("others' cells", len(done), len(cells))
             time.sleep(1.0)
             done |= store.finished([cell for cell in cells if cell.key not in done])
@@ -221,17 +251,40 @@ def _file_name(key: str) -> str:
 
 @contextlib.contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """OptionError where another process has this lock. The system frees it however its process ends."""
-    import fcntl
-
+    """OptionError where another process has this lock."""
     with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not _lock(file.fileno()):
             raise OptionError(
                 f"another process is at work in {lock.parent.parent} with the same share: wait for it, or start "
                 "several with torchrun (or RANK and WORLD_SIZE), which share the work"
-            ) from error
-        except OSError:  # a file system without locks: work may be done twice, results are still whole
-            logger.debug("%s cannot be locked", lock)
+            )
         yield
+
+
+@contextlib.contextmanager
+def _claimed(directory: Path) -> Iterator[bool]:
+    """Whether the lock of a directory, which is made where it is not there, is this process's."""
+    while True:
+        make_directory(directory)
+        try:
+            handle = os.open(directory, os.O_RDONLY)
+            break
+        except FileNotFoundError:  # whoever had it has just finished, and cleaned up
+            continue
+    try:
+        yield _lock(handle)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Whether an open file could be locked. The system frees it however this process ends."""
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # a file system without locks: work may be done twice, results are still whole
+        logger.debug("no lock: %s", error)
+    return True

@@ -172,6 +172,48 @@ def test_one_process_for_one_share(tmp_path):
     run_cells(Store(tmp_path), [Cell("a", {}, again)])
 
 
+def test_a_cell_that_another_process_is_at_is_left_to_it(tmp_path):
+    # Two runs on one folder with different numbers of processes deal the cells differently: they meet.
+    runs = []
+
+    def meanwhile(_):
+        runs.append("a")
+        found = run_cells(Store(tmp_path), plan, share=Share(0, 2))  # the same cells, begun a second time
+        found |= run_cells(Store(tmp_path), plan, share=Share(1, 2))
+        assert list(found) == ["b"]
+        return {"by": "first"}
+
+    plan = [Cell("a", {}, meanwhile, cost=2), Cell("b", {}, lambda _: {"by": "second"})]
+    assert run_cells(Store(tmp_path), plan) == {"a": {"by": "first"}, "b": {"by": "second"}}
+    assert runs == ["a"]
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_process_that_is_done_takes_what_nobody_has_begun(tmp_path):
+    plan = cells(tmp_path)
+    mine, everything = Share(0, 3), {cell.key for cell in plan}
+    assert len(run_cells(Store(tmp_path), plan, share=mine)) < len(plan)
+    assert set(run_cells(Store(tmp_path), plan, share=Share(0, 3, helps=True))) == everything
+    assert sorted(int(i) for i in (tmp_path / "log").read_text().split()) == list(range(COUNT))  # each once
+
+
+def test_one_that_helps_does_not_wait_for_a_process_that_died(tmp_path):
+    plan = cells(tmp_path)
+    found = run_cells(Store(tmp_path), plan, share=Share(1, 2, helps=True), wait=True)  # rank 0 never came
+    assert len(found) == len(plan)
+
+
+@pytest.mark.parametrize(("local", "helps"), [("4", True), ("2", False), (None, False)])
+def test_processes_of_several_machines_do_not_help(monkeypatch, local, helps):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    if local is None:
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    assert Share.of_environment() == Share(1, 4, helps=helps)
+
+
 def test_names_that_differ_have_files_that_differ(tmp_path):
     plan = [Cell(key, {"key": key}, lambda _: {}) for key in ("a b", "a/b", "a_b", "A λ=1", "A λ=2", "x" * 300)]
     assert len({Store(tmp_path).path(cell) for cell in plan}) == len(plan)
