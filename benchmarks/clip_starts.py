@@ -3,9 +3,11 @@
     python benchmarks/clip_starts.py --suite SUITE --load-clip WEIGHTS/load_clip.py --out OUT --tasks emoji stamps
 
 Each target meets the prompts of the seven other tasks (tests/assets/clip_suite_pool.safetensors), and is tuned from
-every start at once, on the same images in the same order: AdamW at the rates of the sources. One file for every task
-and seed; interrupted, the same command goes on with the next that is not there. It is for one thread: with another
-number of threads mixtures differ in their last bits, and a tuning that was begun is refused.
+every start at once, on the same images in the same order: AdamW at the rates of the sources. Before any tuning, a
+closed-form head on the features under each start and each source is asked for its cross-entropy on held-out images: by
+that the start could be chosen. One file for every task and seed; interrupted, the same command goes on with the next
+that is not there. It is for one thread: with another number of threads mixtures differ in their last bits, and a tuning
+that was begun is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from real_task import POOL, load_clip
 
 from hgprompt import EnsembleStatistics, FrozenViT, PromptPool, encode, fast_ensemble
@@ -26,12 +30,15 @@ from hgprompt.data.folders import balanced
 from hgprompt.files import make_directory, write_text
 from hgprompt.optimize import WeightProblem
 from hgprompt.result import jsonable
+from hgprompt.sample import folds_of
+from hgprompt.task_loss import fit_heads, held_out_logits, inverse_temperatures
 from hgprompt.tuning import TuneConfig, random_prompt, tune
 
 IMAGES, TEST_IMAGES, EPOCHS = 160, 200, 3
 SEEDS = (43, 44, 82)  # 42 is the seed of the sources' random start
 LAMBDAS = (1.0, 0.1, 0.0)
-FITTED = ("random", "best single by H", "uniform", "HGPrompt λ=0.1")
+FITTED = ("random", "best single by H", "uniform", "HGPrompt λ=0.1", "HGPrompt λ=0")
+FOLDS = 8
 CONFIG = TuneConfig(batch_size=32, optimizer="adamw", lr=0.16, head_lr=0.04, epochs=EPOCHS)
 
 
@@ -68,8 +75,9 @@ def measure(vit: FrozenViT, folder: Path, seed: int, out: Path) -> dict:
     tested = decode(dataclasses.replace(test, samples=chosen), vit.image_size)
     began = time.perf_counter()
     ensemble = fast_ensemble(pool, images.batches(32), backbone=vit, seed=seed)
-    weights = {"HGPrompt": ensemble.weights} | mixtures(vit, pool, images, ensemble.gradient_cosines)
     seconds = {"ensemble": time.perf_counter() - began}
+    features = features_under(vit, pool.stack(), images)
+    weights = {"HGPrompt": ensemble.weights} | mixtures(features, images.labels, ensemble.gradient_cosines)
     single = ensemble.names[int(ensemble.source_h_scores.argmax())]
     starts = {
         "random": random_prompt(vit, pool.num_tokens, seed=seed),
@@ -77,12 +85,13 @@ def measure(vit: FrozenViT, folder: Path, seed: int, out: Path) -> dict:
         "uniform": pool.stack().mean(0),
         **{name: torch.tensordot(w.float(), pool.stack(), dims=1) for name, w in weights.items()},
     }
+    before = [held_out(f, images.labels) for f in features_under(vit, torch.stack(list(starts.values())), images)]
     accuracy = {}
     config = dataclasses.replace(CONFIG, seed=seed)
     for head in ("random", "fitted"):
         taken = {k: v for k, v in starts.items() if head == "random" or k in FITTED}
         tuned = tune(
-            vit, taken, images, test=tested, config=config, head=head,
+            vit, taken, images, test=tested, config=config, head=head, evaluate_every=0,
             checkpoint=out / f"{folder.name}-{seed}-{head}.checkpoint.safetensors",
         )  # fmt: skip
         seconds[head] = tuned.seconds
@@ -92,17 +101,39 @@ def measure(vit: FrozenViT, folder: Path, seed: int, out: Path) -> dict:
     return {
         "task": folder.name, "seed": seed, "images": len(images), "test_images": len(tested), "best_single": single,
         "accuracy": accuracy, "weights": {k: dict(zip(pool, w.tolist(), strict=True)) for k, w in weights.items()},
-        "h_score": ensemble.h_score, "source_h_scores": ensemble.source_h_scores.tolist(), "seconds": seconds,
-        "config": dataclasses.asdict(config), "dtype": str(vit.dtype), "torch": torch.__version__,
+        "h_score": ensemble.h_score, "source_h_scores": ensemble.source_h_scores.tolist(),
+        "held_out": dict(zip(starts, before, strict=True)),
+        "source_held_out": {name: held_out(f, images.labels) for name, f in zip(pool, features, strict=True)},
+        "seconds": seconds, "config": dataclasses.asdict(config), "dtype": str(vit.dtype), "torch": torch.__version__,
     }  # fmt: skip
 
 
-def mixtures(vit: FrozenViT, pool: PromptPool, images: LabelledImages, gram: torch.Tensor) -> dict[str, torch.Tensor]:
-    """α of the other λ, from the same gradients and one pass for the features."""
-    kept = EnsembleStatistics(folds=8)
-    with torch.no_grad():
-        for batch, labels in images.batches(32):
-            kept.update(encode(vit, pool.stack(), batch), labels)
+@torch.no_grad()
+def features_under(vit: FrozenViT, prompts: torch.Tensor, images: LabelledImages) -> torch.Tensor:
+    """[M, N, h]."""
+    return torch.cat([encode(vit, prompts, batch) for batch, _ in images.batches(32)], dim=1)
+
+
+def held_out(features: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Of shrunk LDA at its temperature on features [N, h]: accuracy and cross-entropy on the folds it has not seen."""
+    order = labels.argsort(stable=True)  # side by side, the images of a class are dealt to all folds
+    features, labels = features[order], labels[order]
+    kept = EnsembleStatistics(folds=FOLDS)
+    kept.update(features[None], labels)
+    own = [torch.from_numpy(folds_of(np.arange(len(labels)), FOLDS)) == k for k in range(FOLDS)]
+    heads = fit_heads("lda", kept, device=torch.device("cpu"))
+    logits, targets = held_out_logits(heads, [features[None, k] for k in own], [labels[k] for k in own])
+    sharpened = inverse_temperatures(logits, targets)[:, None, None] * logits
+    return {
+        "accuracy": float((logits[0].argmax(1) == targets).double().mean()),
+        "loss": float(F.cross_entropy(sharpened[0], targets)),
+    }
+
+
+def mixtures(features: torch.Tensor, labels: torch.Tensor, gram: torch.Tensor) -> dict[str, torch.Tensor]:
+    """α of the other λ, from the same gradients."""
+    kept = EnsembleStatistics(folds=FOLDS)
+    kept.update(features, labels)
     problem = WeightProblem(kept, gram)
     return {f"HGPrompt λ={lam:g}": s.weights for lam, s in zip(LAMBDAS[1:], problem.path(LAMBDAS)[1:], strict=True)}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import statistics
 import time
@@ -17,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hgprompt.errors import DataError, OptionError
-from hgprompt.files import make_directory
+from hgprompt.errors import DataError, FileFormatError, OptionError
+from hgprompt.files import digest_of_tensors, make_directory, read_json, write_text
 from hgprompt.progress import Progress, Reporter
+from hgprompt.result import is_number
+from hgprompt.tuning.checkpoint import digest_of_images
 from hgprompt.tuning.config import TuneConfig
 from hgprompt.tuning.method import Cost, Method, Prepared, Setting, identified
 from hgprompt.tuning.prompts import identity_of
@@ -67,6 +70,7 @@ GRIDS: dict[str, dict[str, Grid]] = {
 }
 """By name and kind of method: "full" is VPT's, "rates" has its rates and one weight decay, "quick" four of them."""
 
+_FORMAT, _VERSION, _MAX_BYTES = "hgprompt-judged", 1, 2**22
 _RUNS_AT_ONCE = {"prompt": 64, "linear": 64, "fine-tune": 4}
 # A run of a prompt is a few numbers, one of a fine-tuned network may be a copy of the network.
 
@@ -155,7 +159,9 @@ def select_and_retrain(
         config: epochs, batch size, warm-up and dropout of every run; None: TuneConfig().
         runs_at_once: grid points that train side by side; None: the method's own number, else 64 for prompts and heads,
             and 4 where a run may hold a copy of the network.
-        folder: where to keep checkpoints; a call that was interrupted goes on from them.
+        folder: where to keep checkpoints, and what was judged; a call that was interrupted goes on from them, also
+            with another number of threads, which gives starts other last bits. `seconds` of a part is what the call
+            that finished it took.
         workers: processes that decode images that are not in memory. progress: as for `train`.
 
     Raises:
@@ -173,10 +179,7 @@ def select_and_retrain(
         raise OptionError(f"runs_at_once must be at least 1, got {runs_at_once}")
     size = runs_at_once or method.runs_at_once or _RUNS_AT_ONCE[method.kind]
     folder = None if folder is None else make_directory(folder)
-    judged: list[dict[str, float]] = []
-    diverged: list[bool] = []
-    selection_cost = Cost()
-    began = time.perf_counter()
+    parts: list[_Judged] = []
     with Progress.of(progress) as report:
 
         def run(setting: Setting, configs: Sequence[TuneConfig], images: Images, name: str) -> tuple[Prepared, Trained]:
@@ -184,22 +187,37 @@ def select_and_retrain(
             trained = train(
                 prepared.learner, prepared.configs or configs, setting.train, images, num_classes=setting.num_classes,
                 checkpoint=None if folder is None else folder / f"{method.name}-{name}.safetensors",
-                identity=identified(method) | identity_of(setting.backbone), workers=workers,
+                identity=_identity(method, setting), starts_identified=True, workers=workers,
                 progress=report, stage=f"{method.name}, {name}",
             )  # fmt: skip
             return prepared, trained
 
+        def judge(chunk: Sequence[TuneConfig], name: str) -> _Judged:
+            began = time.perf_counter()
+            prepared, trained = run(setting800, chunk, val200, name)
+            return _Judged(
+                trained.accuracies, list(trained.diverged), prepared.cost, seconds=time.perf_counter() - began
+            )
+
         for start in range(0, len(points), size):
-            chunk = points[start : start + size]
-            prepared, trained = run(setting800, chunk, val200, f"grid {start // size + 1}")
-            selection_cost += prepared.cost
-            diverged += trained.diverged
-            judged += [
-                {"lr": c.lr, "weight_decay": c.weight_decay, "accuracy": accuracy}
-                for c, accuracy in zip(chunk, trained.accuracies, strict=True)
-            ]
-        if all(diverged):
+            chunk, name = points[start : start + size], f"grid {start // size + 1}"
+            if folder is None:
+                parts.append(judge(chunk, name))
+                continue
+            file, identity = folder / f"{method.name}-{name}.json", _identity(method, setting800, chunk, val200)
+            part = _Judged.read(file, identity, len(chunk))
+            if part is None:
+                part = judge(chunk, name)
+                part.write(file, identity)
+                (folder / f"{method.name}-{name}.safetensors").unlink(missing_ok=True)
+            parts.append(part)
+        if all(gone for part in parts for gone in part.diverged):
             raise DataError(f"{method.name} diverges at every point of its grid: smaller rates may help")
+        accuracies = [accuracy for part in parts for accuracy in part.accuracies]
+        judged = [
+            {"lr": point.lr, "weight_decay": point.weight_decay, "accuracy": accuracy}
+            for point, accuracy in zip(points, accuracies, strict=True)
+        ]
         best = choose(judged)
         selected = time.perf_counter()
         chosen = dataclasses.replace(points[best], seed=seeds[0])
@@ -216,10 +234,60 @@ def select_and_retrain(
         epochs=len(trained.history),
         images=len(setting1000.train),
         cost=prepared.cost,
-        selection_cost=selection_cost,
-        seconds=(selected - began, time.perf_counter() - selected),
+        selection_cost=sum((part.cost for part in parts), Cost()),
+        seconds=(sum(part.seconds for part in parts), time.perf_counter() - selected),
         report=prepared.report,
     )
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Grid points that were trained side by side, as they are kept in a file of a few numbers."""
+
+    accuracies: list[float]
+    diverged: list[bool]
+    cost: Cost
+    seconds: float
+
+    def write(self, path: Path, identity: Mapping[str, Any]) -> None:
+        about = {"format": _FORMAT, "version": _VERSION, "identity": dict(identity)}
+        write_text(path, json.dumps(about | dataclasses.asdict(self), allow_nan=False) + "\n")
+
+    @classmethod
+    def read(cls, path: Path, identity: Mapping[str, Any], count: int) -> _Judged | None:
+        """None where it is not there. FileFormatError: damaged. OptionError: of another run."""
+        if not path.exists():
+            return None
+        stored = read_json(path, max_bytes=_MAX_BYTES)
+        if not isinstance(stored, dict) or (stored.get("format"), stored.get("version")) != (_FORMAT, _VERSION):
+            raise FileFormatError(f"{path} is no file of this version's protocol; delete it to judge again")
+        if stored.get("identity") != json.loads(json.dumps(identity)):
+            raise OptionError(f"{path} is of another run: choose another place, or delete it to begin again")
+        fields: list[Any] = [stored.get(key) for key in ("accuracies", "diverged", "cost", "seconds")]
+        accuracies, diverged, cost, seconds = fields
+        if (
+            not (isinstance(accuracies, list) and isinstance(diverged, list) and isinstance(cost, dict))
+            or not (len(accuracies) == count and sorted(cost) == ["backward", "forward"] and is_number(seconds))
+            or not all(map(is_number, [*accuracies, *cost.values()]))
+            or [type(gone) for gone in diverged] != [bool] * count
+        ):
+            raise FileFormatError(f"{path}: its numbers are not understood; delete it to judge again")
+        return cls(accuracies, diverged, Cost(**cost), float(seconds))
+
+
+def _identity(
+    method: Method, setting: Setting, configs: Sequence[TuneConfig] = (), judged_on: Images | None = None
+) -> dict[str, Any]:
+    """All that the starts of a method depend on; with configs and images to judge on, all that its grid does."""
+    identity = identified(method) | identity_of(setting.backbone)
+    identity |= {"tokens": setting.num_tokens, "deep": setting.deep, "classes": setting.num_classes}
+    if setting.pool is not None:
+        records = [[name, setting.pool.metadata[name].get("init_seed")] for name in setting.pool]
+        identity["pool"] = [records, digest_of_tensors(setting.pool.values())]
+    if judged_on is not None:
+        identity |= {"train": digest_of_images(setting.train), "val200": digest_of_images(judged_on)}
+        identity["configs"] = [dataclasses.asdict(config) for config in configs]
+    return identity
 
 
 def choose(judged: Sequence[Mapping[str, float]]) -> int:

@@ -69,6 +69,7 @@ def train(
     names: Sequence[str] | None = None,
     checkpoint: str | Path | None = None,
     identity: Mapping[str, Any] | None = None,
+    starts_identified: bool = False,
     progress: bool | Reporter = False,
     stage: str = "tuning",
     workers: int = 0,
@@ -87,6 +88,8 @@ def train(
             continues from it and ends with the same bits as an undisturbed one.
         identity: what else makes two trainings one and the same (backbone, method), JSON-able: only then may one
             continue the other's checkpoint. Images, configs and starting parameters count anyway.
+        starts_identified: the identity says all that the starting parameters depend on. They need not be the same bits
+            then: found with another number of threads, they differ in the last ones.
         progress, stage: a bar (loss, accuracy, time left), or a callable (stage, done, total); stage names it.
         workers: processes that decode images, where these are not in memory.
 
@@ -106,7 +109,7 @@ def train(
         described = dict(identity or {}) | {
             "learner": type(learner).__name__,
             "runs": list(names),
-            "starts": digest_of_tensors(runs.tensors().values()),
+            "starts": "identified" if starts_identified else digest_of_tensors(runs.tensors().values()),
             "train": digest_of_images(train),
             "test": "" if test is None else digest_of_images(test),
             "evaluate_every": evaluate_every,

@@ -10,11 +10,11 @@ import literal
 import pytest
 import torch
 
-from hgprompt import DataError, FrozenViT, OptionError, PromptPool
+from hgprompt import DataError, FileFormatError, FrozenViT, OptionError, PromptPool
 from hgprompt.data import LabelledImages
-from hgprompt.tuning import TuneConfig, random_prompt, tune
+from hgprompt.tuning import TuneConfig, protocol, random_prompt, tune
 from hgprompt.tuning.method import Setting
-from hgprompt.tuning.methods import CONTROLS, METHODS, PANDA
+from hgprompt.tuning.methods import CONTROLS, METHODS, PANDA, VPT
 from hgprompt.tuning.protocol import GRIDS, SEEDS, Grid, choose, select_and_retrain
 
 CONFIG = TuneConfig(epochs=4, batch_size=8)
@@ -78,6 +78,91 @@ def test_chunks_and_checkpoints_change_nothing(problem, tmp_path):
         select_and_retrain(METHODS["VPT"], *problem, progress=stop, **options)
     assert len(list((tmp_path / "new").iterdir())) == 3
     assert _without_seconds(select_and_retrain(METHODS["VPT"], *problem, **options)) == expected
+
+
+class OtherBits(VPT):
+    """Starts whose last bits are never twice the same, as another number of threads would have them."""
+
+    def __init__(self):
+        super().__init__()
+        self._prepared = []  # seeds, for every call
+
+    def prepare(self, setting, configs):
+        prepared = super().prepare(setting, configs)
+        self._prepared.append([config.seed for config in configs])
+        with torch.no_grad():
+            for parameters in prepared.learner.parameters:
+                parameters["prompt"] *= 1 + 1e-7 * len(self._prepared)
+        return prepared
+
+
+def test_what_was_judged_is_not_prepared_again_and_last_bits_do_not_matter(problem, tmp_path, monkeypatch):
+    monkeypatch.setattr(protocol, "identified", lambda _: {"method": "VPT"})  # the list of calls is no option
+    options = {"grid": GRID, "config": CONFIG, "runs_at_once": 4, "folder": tmp_path}
+
+    class Stop(Exception):
+        pass
+
+    def stop(stage, done, total):
+        if stage == "VPT, final" and done == 9:
+            raise Stop
+
+    method = OtherBits()
+    with pytest.raises(Stop):
+        select_and_retrain(method, *problem, progress=stop, **options)
+    outcome = select_and_retrain(method, *problem, **options)
+    final = list(SEEDS)
+    assert method._prepared == [[42] * 4, [42] * 2, final, final]  # the final runs alone were prepared twice
+    assert outcome.seconds[0] == sum(json.loads(p.read_text())["seconds"] for p in sorted(tmp_path.glob("*.json")))
+    undisturbed = select_and_retrain(METHODS["VPT"], *problem, grid=GRID, config=CONFIG)
+    assert outcome.chosen == undisturbed.chosen
+
+
+@pytest.mark.parametrize("what", ["pool", "val200", "train", "config"])
+def test_what_was_judged_otherwise_is_refused(problem, tmp_path, what):
+    setting, val200, both, test = problem
+    pool = PromptPool({f"p{i}": random_prompt(setting.backbone, 2, seed=i) for i in range(2)})
+    other = PromptPool({f"p{i}": random_prompt(setting.backbone, 2, seed=i + 5) for i in range(2)})
+    options = {"grid": Grid((1.0,), (0.0,)), "config": CONFIG, "seeds": (1,), "folder": tmp_path}
+
+    def judge(setting, val200, **more):
+        whole = dataclasses.replace(both, pool=setting.pool)
+        select_and_retrain(CONTROLS["uniform"], setting, val200, whole, test, **options | more)
+
+    first = dataclasses.replace(setting, pool=pool)
+    judge(first, val200)
+    others = {
+        "pool": lambda: judge(dataclasses.replace(setting, pool=other), val200),
+        "val200": lambda: judge(first, _images(12, 7)),
+        "train": lambda: judge(dataclasses.replace(first, train=_images(24, 8)), val200),
+        "config": lambda: judge(first, val200, config=dataclasses.replace(CONFIG, epochs=5)),
+    }
+    with pytest.raises(OptionError, match=r"grid 1.json is of another run"):
+        others[what]()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: "{",
+        lambda record: [],
+        lambda record: record | {"version": 0},
+        lambda record: record | {"accuracies": [0.5]},
+        lambda record: record | {"accuracies": ["0.5", 0.1, 0.1]},
+        lambda record: record | {"diverged": [0, 0, 0]},
+        lambda record: record | {"cost": {"forward": 1}},
+        lambda record: record | {"cost": {"forward": 1, "backward": None}},
+        lambda record: record | {"seconds": "1"},
+    ],
+)
+def test_damaged_judgements_are_named(problem, tmp_path, change):
+    options = {"grid": Grid((1.0, 0.5, 0.1), (0.0,)), "config": CONFIG, "seeds": (1,), "folder": tmp_path}
+    select_and_retrain(METHODS["VPT"], *problem, **options)
+    (path,) = tmp_path.glob("*.json")
+    changed = change(json.loads(path.read_text()))
+    path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    with pytest.raises(FileFormatError, match=r"VPT-grid 1\.json"):
+        select_and_retrain(METHODS["VPT"], *problem, **options)
 
 
 def _without_seconds(outcome):
