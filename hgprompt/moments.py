@@ -183,6 +183,7 @@ class Moments:
         if self.centre is not None:
             projected.count, projected.centre, projected.sums = self.count, self.centre @ basis, self.sums @ basis
             projected.rows = [torch.einsum("hk,hml->kml", basis, row @ basis) for row in self.rows]
+            projected.third, projected.fourth = (t.to(basis.device) for t in (projected.third, projected.fourth))
             projected.class_counts = dict(self.class_counts)
             projected.class_sums = {label: total @ basis for label, total in self.class_sums.items()}
         return projected
@@ -196,6 +197,7 @@ class Moments:
                 select(self.sums).clone(),
             )
             alone.rows = [second()]
+            alone.third, alone.fourth = (t.to(self.sums.device) for t in (alone.third, alone.fourth))
             alone.class_counts = dict(self.class_counts)
             alone.class_sums = {label: select(total) for label, total in self.class_sums.items()}
         return alone

@@ -109,7 +109,7 @@ def alignment_loss(gradients: Tensor, weights: Tensor) -> Tensor:
     if not bool(alive.any()):
         raise PromptError("every gradient is zero: no direction to align")
     g = g[alive] / norms[alive, None]
-    mixed = weights.double()[alive] @ g
+    mixed = weights.to(g)[alive] @ g
     mixed = mixed / mixed.norm().clamp_min(1e-30)
     return (1 - g @ mixed).mean()
 
