@@ -247,7 +247,9 @@ def resolve_micro_batch(backbone: FrozenViT, prompts: Tensor, micro_batch: int |
         at_once = _TOKENS_PER_MICRO_BATCH.get(backbone.device.type, 2048)
         if backbone.device.type == "cuda":
             free = _SHARE_OF_FREE_MEMORY * free_gpu_bytes(backbone.device)
-            at_once = min(at_once, int(free / bytes_per_token(backbone, backward=backward)))
+            fits = max(1, int(free / bytes_per_token(backbone, backward=backward)))
+            # A power of two: a little more or less free memory than the last time gives the same sums.
+            at_once = min(at_once, 1 << (fits.bit_length() - 1))
         return max(1, at_once // (backbone.num_image_tokens + prompts.shape[-2]))
     return micro_batch
 

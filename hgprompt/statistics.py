@@ -23,6 +23,7 @@ from torch import Tensor
 from hgprompt.batch_checks import FiniteCheck, check_labels
 from hgprompt.distributed import Ranks, default_group
 from hgprompt.errors import DataError, OptionError, StatisticsError
+from hgprompt.kernels.compiler import copied
 from hgprompt.memory import Footprint, Representation, available_bytes, footprint, in_words
 from hgprompt.moments import Moments, merged, mixed
 from hgprompt.sample import folds_of
@@ -532,9 +533,9 @@ class EnsembleStatistics:
 
 def _add_by_fold(moments: list[Moments], features: Tensor, labels: Tensor, fold_of: Tensor) -> None:
     for k, part in enumerate(moments):
-        chosen = fold_of == k
-        if bool(chosen.any()):
-            part.update(features[:, chosen.to(features.device)], labels[chosen])
+        chosen = (fold_of == k).nonzero().flatten()
+        if len(chosen):
+            part.update(features[:, copied(chosen, features.device)], labels[chosen])
 
 
 def _mean(moments: Sequence[Moments], ranks: Ranks, total: int) -> Tensor:

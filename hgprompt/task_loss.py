@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hgprompt.errors import DataError, OptionError
+from hgprompt.kernels.compiler import copied
 from hgprompt.mixture import solve_regularized
 from hgprompt.moments import Moments, merged
 from hgprompt.objective import resolve_intensity
@@ -53,9 +54,7 @@ class LinearHeads:
         An image of a class that no other fold has seen has no output to be scored by, and counts nothing.
         """
         logits = self.logits(features, prompts)
-        target = self.targets(labels)
-        if features.is_cuda:  # from pinned memory the copy does not wait
-            target = target.pin_memory().to(features.device, non_blocking=True)
+        target = copied(self.targets(labels), features.device)
         losses = F.cross_entropy(logits.flatten(0, 1), target.repeat(len(features)), reduction="none")
         return losses.unflatten(0, features.shape[:2]).sum(1)
 
@@ -184,14 +183,14 @@ def given_loss(head: Head, num_prompts: int) -> Callable[[Tensor, Tensor, slice]
         )
 
     def loss(features: Tensor, labels: Tensor, prompts: slice) -> Tensor:
-        labels = labels.to(features.device)
+        largest, labels = int(labels.max()) if len(labels) else -1, copied(labels, features.device)
         total = []
         for one, x in zip(heads[prompts], features, strict=True):
             logits = one(x)
-            if logits.ndim != 2 or len(logits) != len(labels) or int(labels.max()) >= logits.shape[1]:
+            if logits.ndim != 2 or len(logits) != len(labels) or largest >= logits.shape[1]:
                 raise DataError(
                     f"the head gives logits {list(logits.shape)} for {len(labels)} images with labels up to "
-                    f"{int(labels.max())}; it must give [b, C] with C above every label"
+                    f"{largest}; it must give [b, C] with C above every label"
                 )
             total.append(
                 F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, labels, reduction="sum")

@@ -43,8 +43,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         [N, T, H·D], heads side by side as an output projection reads them.
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= _MATERIALIZE_UP_TO:
-        # PyTorch's fused attention on a CPU does not reach the bfloat16 matrix units; two batched products do.
+    # PyTorch's fused attention on a CPU does not reach the bfloat16 matrix units; two batched products do. On a GPU its
+    # backward pass adds up in any order in float32.
+    on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= _MATERIALIZE_UP_TO
+    if on_cpu or (q.is_cuda and q.dtype == torch.float32):
         out = torch.matmul(torch.matmul(q * scale, k.transpose(-1, -2)).softmax(-1), v)
     else:
         out = F.scaled_dot_product_attention(q, k, v, scale=scale)

@@ -11,7 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hgprompt.kernels.compiler import available, cdiv, jit, launch_options, on_device, takes, tl, with_dense_rows
+from hgprompt.kernels.compiler import (
+    available,
+    cdiv,
+    copied,
+    jit,
+    launch_options,
+    on_device,
+    takes,
+    tl,
+    with_dense_rows,
+)
 
 # What plain PyTorch computes ------------------------------------------------------------------------------------------
 
@@ -248,5 +258,4 @@ def _addresses(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:
     begin = rows[0].data_ptr()
     distances = [(row.data_ptr() - begin) // 8 for row in rows]
     unit = 1 if any(d % 2 for d in distances) else 2
-    offsets = torch.tensor([d // unit for d in distances], dtype=torch.int64).to(rows[0].device)
-    return rows[0], offsets, unit
+    return rows[0], copied(torch.tensor([d // unit for d in distances]), rows[0].device), unit

@@ -10,7 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hgprompt.kernels.compiler import cdiv, jit, launch_options, on_device, precision_of, takes, tl, with_dense_rows
+from hgprompt.kernels.compiler import (
+    cdiv,
+    copied,
+    jit,
+    launch_options,
+    on_device,
+    precision_of,
+    takes,
+    tl,
+    with_dense_rows,
+)
 
 # What plain PyTorch computes ------------------------------------------------------------------------------------------
 
@@ -112,7 +122,7 @@ def class_sums(features: Tensor, centre: Tensor, index: Tensor, num_classes: int
         return class_sums_reference(features, centre, index, num_classes)
     features = with_dense_rows(features)
     m, _, h = features.shape
-    index = index.to(features.device)
+    index = copied(index, features.device)
     order = index.argsort(stable=True)
     starts = torch.searchsorted(index[order], torch.arange(num_classes + 1, device=index.device))
     out = torch.empty(m, num_classes, h, dtype=torch.float64, device=features.device)
