@@ -76,7 +76,7 @@ def median_ms(function, rounds=3 if REHEARSE else 20, warm_up=1 if REHEARSE else
     for _ in range(rounds):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
-        torch.cuda._sleep(400_000)  # about 0.2 ms
+        torch.cuda._sleep(4_000_000)  # about 2 ms, more than any call takes the host
         begin.record()
         function()
         end.record()

@@ -21,6 +21,8 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error::hgprompt.HGPromptWarning")
     # The tests' tensors are tiny: on a busy machine, a second thread makes every operation wait for the other.
     torch.set_num_threads(1)
+    # On a GPU a convolution takes TF32 by default: beside an error that large, twice it, any kernel's float32 would do.
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture
