@@ -112,24 +112,39 @@ def fit_heads(kind: FittedHead, statistics: EnsembleStatistics, *, device: torch
 
 def inverse_temperatures(logits: Tensor, targets: Tensor) -> Tensor:
     """The factors t [M] that minimise the cross-entropy of t · logits (Guo et al. 2017, "On calibration of modern
-    neural networks"), between 1e-4 and 100; 1 where no target is known.
+    neural networks"), but none surer of itself than n images can make it; 1 where no target is known.
+
+    Where every image is classified rightly, the cross-entropy alone would have t without end, and a loss without a
+    gradient: on easy tasks, for the best prompts. After n right answers in a row the next is right with probability
+    (n + 1)/(n + 2), says Laplace's rule of succession: that is the largest mean probability of the class decided for.
 
     Args:
         logits: [M, n, C] of images that the heads have not seen; -inf marks a class that a head does not know.
         targets: [n], -100 where unknown.
     """
     logits, targets = logits[:, targets >= 0].double(), targets[targets >= 0].to(logits.device)
-    ones = torch.ones(len(logits), dtype=torch.float64, device=logits.device)
-    if len(targets) == 0:
-        return ones
+    if (n := len(targets)) == 0:
+        return torch.ones(len(logits), dtype=torch.float64, device=logits.device)
     finite = torch.where(logits.isfinite(), logits, torch.zeros_like(logits))
     right = finite.gather(2, targets.expand(len(logits), -1)[..., None]).squeeze(2).mean(1)
-    low, high = math.log(1e-4) * ones, math.log(1e2) * ones
-    for _ in range(60):  # cross-entropy is convex in t: bisection on its slope, to the last bit that matters
-        middle = (low + high) / 2
-        slope = ((middle.exp()[:, None, None] * logits).softmax(2) * finite).sum(2).mean(1) - right
-        low, high = torch.where(slope < 0, middle, low), torch.where(slope < 0, high, middle)
-    return ((low + high) / 2).exp()
+
+    def probabilities(t: Tensor) -> Tensor:
+        return (t[:, None, None] * logits).softmax(2)
+
+    # Both are monotonic in t: cross-entropy is convex, and the largest probability of each image grows.
+    best = _bisected(lambda t: (probabilities(t) * finite).sum(2).mean(1) < right, 1e-4, 1e2, right)
+    surest = _bisected(lambda t: probabilities(t).amax(2).mean(1) < (n + 1) / (n + 2), 1e-12, 1e2, right)
+    return torch.minimum(best, surest)
+
+
+def _bisected(below: Callable[[Tensor], Tensor], low: float, high: float, like: Tensor) -> Tensor:
+    """t as `like`, up to which `below` is true, between two numbers; in the logarithm, to the last bit that matters."""
+    left, right = (torch.full_like(like, math.log(end)) for end in (low, high))
+    for _ in range(60):
+        middle = (left + right) / 2
+        is_below = below(middle.exp())
+        left, right = torch.where(is_below, middle, left), torch.where(is_below, right, middle)
+    return ((left + right) / 2).exp()
 
 
 def held_out_logits(

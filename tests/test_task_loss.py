@@ -63,6 +63,18 @@ def test_temperature_minimises_the_held_out_cross_entropy():
     assert inverse_temperatures(logits, torch.full((200,), -100)).tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("scale", [0.1, 1.0, 1e7])
+def test_no_head_is_surer_than_its_images_can_make_it(scale):
+    """All right: the cross-entropy alone has no least factor."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(50) % C
+    logits = scale * (torch.rand(1, 50, C, generator=g, dtype=torch.float64) + 2 * torch.eye(C)[labels])
+    (found,) = inverse_temperatures(logits, labels).tolist()
+    assert found == pytest.approx(literal.temperature(logits[0], labels), rel=1e-5)
+    # Laplace: 50 of 50 right makes it 51/52 that the next is.
+    assert float((found * logits[0]).softmax(1).amax(1).mean()) == pytest.approx(51 / 52)
+
+
 def test_class_that_a_fold_has_not_seen_counts_nothing():
     features, labels = _data()
     fold = FOLD_OF

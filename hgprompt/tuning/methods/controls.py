@@ -42,7 +42,7 @@ class FittedUniform(Uniform):
 
     name = "uniform, fitted head"
     head = "fitted"
-    revision = 1
+    revision = 2
 
 
 class RandomWeights(StartMethod):

@@ -21,7 +21,7 @@ class HGPrompt(StartMethod):
 
     name = "HGPrompt"
     uses_pool = True
-    revision = 1  # of the folds that heads are cross-fitted on
+    revision = 2  # of the folds that heads are cross-fitted on, and their temperatures
     normalize = True
 
     def __init__(self, lam: float = 1.0, gradient_images: int | None = _GRADIENT_IMAGES) -> None:

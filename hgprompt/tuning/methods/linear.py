@@ -67,4 +67,4 @@ class FittedLinear(Linear):
 
     name = "Linear, fitted head"
     head = "fitted"
-    revision = 1
+    revision = 2
