@@ -25,6 +25,7 @@ from hgprompt.encoder import Impl, MicroBatch
 from hgprompt.errors import DataError, HGPromptWarning, OptionError
 from hgprompt.inputs import Prompts, digest, gpu_of, num_batches, resolve
 from hgprompt.kernels.gram import grams, grams_reference
+from hgprompt.numbers import real, whole
 from hgprompt.objective import Shrinkage
 from hgprompt.one_pass import READING, Pass
 from hgprompt.optimize import Solution, Solver, WeightProblem, check_options, jackknife_std
@@ -139,11 +140,20 @@ def fast_ensemble(
     # What is made inside inference mode passes no gradient, so a caller's inference mode is suspended.
     with torch.inference_mode(False), Progress.of(progress) as report:
         with ranks.together("checking the arguments"):
+            lam, gap_tolerance, learning_rate = (
+                real("lam", lam), real("gap_tolerance", gap_tolerance), real("learning_rate", learning_rate)
+            )  # fmt: skip
+            seed, folds, starts, max_steps = (
+                whole("seed", seed), whole("folds", folds), whole("starts", starts), whole("max_steps", max_steps)
+            )  # fmt: skip
+            gradient_images = None if gradient_images is None else whole("gradient_images", gradient_images)
+            tolerance = None if tolerance is None else real("tolerance", tolerance)
+            micro_batch = None if micro_batch is None else whole("micro_batch", micro_batch)
             check_options(
                 lam=lam, shrinkage=shrinkage, solver=solver, starts=starts, tolerance=gap_tolerance,
                 max_steps=max_steps, learning_rate=learning_rate,
             )  # fmt: skip
-            _check_options(lam, gradient_images, folds, head, shard, micro_batch)
+            _check_options(lam, gradient_images, folds, head, shard, micro_batch, seed)
             rule = None if tolerance is None else StopRule(tolerance, folds)
             pool, stack, vit = resolve(prompts, backbone, device, dtype)
             operations.select(vit, impl)
@@ -326,12 +336,14 @@ def _result(
 
 
 def _check_options(
-    lam: float, gradient_images: int | None, folds: int, head: Head, shard: str, micro_batch: int | None
+    lam: float, gradient_images: int | None, folds: int, head: Head, shard: str, micro_batch: int | None, seed: int
 ) -> None:
     if shard not in ("images", "prompts"):
         raise OptionError(f"shard must be 'images' or 'prompts', got {shard!r}")
     if folds < 1:
         raise OptionError(f"folds must be at least 1, got {folds}")
+    if not 0 <= seed < 2**63:
+        raise OptionError(f"seed must be from 0 to 2^63 - 1, got {seed}")
     if isinstance(head, str) and head not in FITTED:
         raise OptionError(f"head must be one of {', '.join(map(repr, FITTED))}, or your own; got {head!r}")
     if gradient_images is not None and gradient_images < 0:

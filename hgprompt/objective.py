@@ -100,11 +100,16 @@ def alignment_loss(gradients: Tensor, weights: Tensor) -> Tensor:
 
     Returns:
         [] float64, in [0, 2]; differentiable in both.
+
+    Raises:
+        OptionError: weights of another number. PromptError: every gradient is zero. DataError: one is not finite.
     """
     if len(gradients) != len(weights) or weights.ndim != 1:
         raise OptionError(f"{len(gradients)} gradients need weights [{len(gradients)}], got {list(weights.shape)}")
     g = gradients.double().flatten(1)
     norms = g.norm(dim=1)
+    if not bool(norms.isfinite().all()):
+        raise DataError("gradients are not finite")
     alive = norms > 0
     if not bool(alive.any()):
         raise PromptError("every gradient is zero: no direction to align")

@@ -16,7 +16,7 @@ def gram_reference(gradients: Tensor) -> Tensor:
     """The specification of `gram`."""
     g = gradients.double().flatten(1)
     norms = g.norm(dim=1, keepdim=True)
-    g = torch.where(norms > 0, g / norms.clamp_min(1e-300), torch.zeros_like(g))
+    g = torch.where(norms == 0, torch.zeros_like(g), g / norms.clamp_min(1e-300))  # NaN stays what it is
     products = g @ g.T
     return (products + products.T) / 2
 

@@ -17,6 +17,7 @@ from hgprompt.backbone import FrozenViT
 from hgprompt.ensemble import fast_ensemble
 from hgprompt.errors import BackboneError, DataError, HGPromptError, HGPromptWarning, OptionError, PromptError
 from hgprompt.pool import BackboneInfo, PromptPool
+from hgprompt.result import EnsembleResult
 from hgprompt.sample import folds_of
 
 N, C, M, P = 48, 3, 4, 3
@@ -513,3 +514,42 @@ def test_bad_options_are_found_before_the_images_are_read(options):
     with pytest.raises(OptionError):
         fast_ensemble(_prompts(), loader(), backbone=literal.tiny_vit(), **options)
     assert not Path("not made").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_prompt_that_tells_all_images_apart_keeps_its_gradient(dtype):
+    """Its loss is as good as zero; its direction is not, and low precision must not lose it."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 2
+    images = torch.randn(60, 3, 16, 16, generator=g) * 0.05 + 3.0 * (labels[:, None, None, None] - 0.5)
+    prompts = torch.randn(3, 2, 16, generator=g)
+    model = literal.tiny_vit()
+    exact = fast_ensemble(prompts.double(), [(images.double(), labels)], backbone=model, dtype=torch.float64)
+    found = fast_ensemble(prompts, [(images, labels)], backbone=model, dtype=dtype)
+    assert bool((found.gradient_cosines.diagonal() > 0.99).all())  # a zero gradient has a zero row
+    # Directions in a low precision differ; at λ = 1 weights follow them smoothly, and none may vanish.
+    assert float((found.weights - exact.weights).abs().sum()) < 0.1
+
+
+def test_numpys_numbers_are_numbers(tmp_path):
+    images, labels = torch.randn(12, 3, 16, 16), torch.arange(12) % 2
+    prompts = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(0))
+    plain = {"seed": 2, "folds": 3, "starts": 4, "gradient_images": 9, "lam": 0.5, "gap_tolerance": 1e-6}
+    as_numpy = {k: np.float64(v) if isinstance(v, float) else np.int64(v) for k, v in plain.items()}
+    expected, found = (
+        fast_ensemble(prompts, [(images, labels)], backbone=literal.tiny_vit(), **options)
+        for options in (plain, as_numpy | {"lam": np.float32(0.5)})
+    )
+    assert torch.equal(found.weights, expected.weights)
+    found.save(tmp_path)
+    assert EnsembleResult.load(tmp_path).settings == expected.settings
+
+
+@pytest.mark.parametrize(
+    "options", [{"lam": "1"}, {"lam": None}, {"seed": 1.5}, {"seed": -1}, {"folds": 2.5}, {"starts": 1.5},
+                {"micro_batch": 1.5}, {"tolerance": "0.1"}], ids=str
+)  # fmt: skip
+def test_what_is_no_number_is_named(options):
+    (name,) = options
+    with pytest.raises(OptionError, match=rf"^{name} must be"):
+        fast_ensemble(torch.randn(2, 2, 16), [], backbone=literal.tiny_vit(), **options)

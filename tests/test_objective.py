@@ -178,3 +178,11 @@ def test_h_score_is_differentiable():
     features, labels = data(12, 1, 3, 3)
     features = features[0].requires_grad_()
     assert torch.autograd.gradcheck(lambda f: h_score(f, labels, shrinkage=0.2), (features,))
+
+
+def test_gradients_that_are_not_finite_are_no_zeros():
+    gradients = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    gradients[1, 2] = torch.nan
+    assert gram_of(gradients)[1].isnan().all()
+    with pytest.raises(DataError, match="not finite"):
+        alignment_loss(gradients, torch.full((4,), 0.25))

@@ -29,7 +29,7 @@ DataList = Annotated[
 Backbone = Annotated[
     str | None,
     typer.Option(
-        help="'mini' or a timm model name; default: the pool's, or mini.",
+        help="'mini' or a timm model name; default: the pool's (without a pool: mini).",
         show_default=False,
         rich_help_panel=BACKBONE_PANEL,
     ),

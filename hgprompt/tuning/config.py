@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from hgprompt.errors import OptionError
+from hgprompt.numbers import real, whole
 
 MAX_RATE = 1e6
 """Of learning rates and weight decay: beyond, float32 overflows in a step."""
+
+_KINDS: dict[str, Callable[[str, Any], float]] = {
+    "epochs": whole, "batch_size": whole, "seed": whole, "lr": real, "head_lr": real, "weight_decay": real,
+    "warmup": real, "prompt_dropout": real,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,9 +46,13 @@ class TuneConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if name != "head_lr" or value is not None:
+                object.__setattr__(self, name, kind(name, value))  # NumPy's numbers become Python's
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise OptionError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.optimizer not in ("sgd", "adamw"):
             raise OptionError(f"optimizer must be 'sgd' or 'adamw', got {self.optimizer!r}")
@@ -53,7 +64,7 @@ class TuneConfig:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise OptionError(f"{name} must be in [0, 1), got {value!r}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+        if not 0 <= self.seed < 2**63:
             raise OptionError(f"seed must be an integer from 0 to 2^63 - 1, got {self.seed!r}")
 
     def rate(self, step: int, steps: int) -> float:
