@@ -98,7 +98,7 @@ def measure(vit: FrozenViT, folder: Path, seed: int, out: Path) -> dict:
     seconds = {"ensemble": time.perf_counter() - began}
     features = features_under(vit, pool.stack(), images)
     weights = {"HGPrompt": ensemble.weights} | mixtures(features, images.labels, ensemble.gradient_cosines)
-    single = ensemble.names[int(ensemble.source_h_scores.argmax())]
+    single = ensemble.best_single
     starts = {
         "random": random_prompt(vit, pool.num_tokens, seed=seed),
         "best single by H": pool[single],

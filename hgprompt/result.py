@@ -103,6 +103,14 @@ class EnsembleResult:
         }
         write_text(directory / _REPORT_FILE, json.dumps(jsonable(report), indent=2, allow_nan=False) + "\n")
 
+    @property
+    def best_single(self) -> str:
+        """The prompt with the highest H alone; of equal ones the first.
+
+        Where images or epochs are few, the better start on a real ViT-B/16 (docs/results.md).
+        """
+        return self.names[int(self.source_h_scores.argmax())]
+
     @classmethod
     def load(cls, directory: str | Path) -> EnsembleResult:
         """Read what `save` wrote.

@@ -121,3 +121,10 @@ def test_plots(result, result_without_gradients, tmp_path):
     for i, case in enumerate((result, result_without_gradients)):
         case.plot(tmp_path / f"{i}.png")
         assert (tmp_path / f"{i}.png").stat().st_size > 10_000
+
+
+def test_best_single(result):
+    scores = dict(zip(result.names, result.source_h_scores.tolist(), strict=True))
+    assert scores[result.best_single] == max(scores.values())
+    tied = dataclasses.replace(result, source_h_scores=torch.ones_like(result.source_h_scores))
+    assert tied.best_single == result.names[0]

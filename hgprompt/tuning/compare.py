@@ -125,7 +125,7 @@ def compare_starts(
             return run() if folder is None else _kept(folder, f"{identity_of(backbone)}{options}", pool, images, run)
 
         result = mix(options)
-        single = result.names[int(result.source_h_scores.argmax())]
+        single = result.best_single
         ensembles.append(result)
         singles.append(single)
         starts = {
