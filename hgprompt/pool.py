@@ -8,12 +8,15 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hgprompt.errors import FileFormatError, HGPromptWarning, PromptError
+
+if TYPE_CHECKING:
+    from hgprompt.backbone import FrozenViT
 
 _FORMAT, _VERSION = "hgprompt-pool", 1
 _PREFIX = "prompts."
@@ -88,7 +91,8 @@ class PromptPool(Mapping[str, Tensor]):
     Args:
         prompts: {name: [p, d]}, a sequence of [p, d], or a tensor [M, p, d]; deep prompts are [L, p, d] each. Kept as
             copies on the CPU, in float32 (float64 stays).
-        backbone: which network they were tuned for; None: not known.
+        backbone: which network they were tuned for (`vit.info`, or the FrozenViT itself); None: that of a pool that is
+            given, else not known.
         metadata: {name: record} of where each prompt comes from, JSON-able. Standard keys: task, init_seed,
             training (a dict), source.
 
@@ -100,9 +104,19 @@ class PromptPool(Mapping[str, Tensor]):
         self,
         prompts: Mapping[str, Tensor] | Sequence[Tensor] | Tensor,
         *,
-        backbone: BackboneInfo | None = None,
+        backbone: BackboneInfo | FrozenViT | None = None,
         metadata: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
+        if isinstance(prompts, PromptPool):  # its provenance comes along
+            backbone = prompts.backbone if backbone is None else backbone
+            metadata = prompts.metadata if metadata is None else metadata
+        info: Any = getattr(backbone, "info", backbone)  # a FrozenViT knows its own
+        if not isinstance(info, BackboneInfo | None):
+            raise PromptError(f"backbone must be a BackboneInfo (vit.info), got {type(backbone).__name__}")
+        if not (metadata is None or isinstance(metadata, Mapping)) or not all(
+            isinstance(record, Mapping) for record in (metadata or {}).values()
+        ):
+            raise PromptError("metadata must be {name: record}, each record a mapping")
         self._prompts = {name: _checked(name, prompt) for name, prompt in _named(prompts).items()}
         if not self._prompts:
             raise PromptError("there are no prompts: M = 0")
@@ -114,11 +128,9 @@ class PromptPool(Mapping[str, Tensor]):
                     f"prompts must have one shape: {names[0]!r} is {list(first.shape)}, "
                     f"{name!r} is {list(prompt.shape)}"
                 )
-        if backbone is not None and (
-            first.shape[-1] != backbone.width or (first.ndim == 3 and len(first) != backbone.depth)
-        ):
-            raise PromptError(f"prompts of shape {list(first.shape)} do not fit {backbone.name}: {backbone!r:.600}")
-        self.backbone = backbone
+        if info is not None and (first.shape[-1] != info.width or (first.ndim == 3 and len(first) != info.depth)):
+            raise PromptError(f"prompts of shape {list(first.shape)} do not fit {info.name}: {info!r:.600}")
+        self.backbone: BackboneInfo | None = info
         self.metadata: dict[str, dict[str, Any]] = {name: dict((metadata or {}).get(name, {})) for name in names}
         unknown = set(metadata or {}) - set(names)
         if unknown:
@@ -265,6 +277,14 @@ class PromptPool(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._prompts)
+
+    def __eq__(self, other: object) -> bool:
+        """Same names in the same order, prompts to the last bit, backbone and records."""
+        if not isinstance(other, PromptPool):
+            return NotImplemented
+        if (self.names, self.backbone, self.metadata) != (other.names, other.backbone, other.metadata):
+            return False
+        return all(mine.dtype == other[name].dtype and torch.equal(mine, other[name]) for name, mine in self.items())
 
     def __repr__(self) -> str:
         shape = "×".join(map(str, self._first.shape))

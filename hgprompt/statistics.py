@@ -318,11 +318,20 @@ class EnsembleStatistics:
             raise StatisticsError(
                 f"state has version {state.get('version')} and {state.get('folds')} folds; expected 1 and {self.folds}"
             )
-        shape = state.get("shape")
+        try:
+            loaded = self._loaded(state)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+            raise StatisticsError(f"state is incomplete or not understood: {error!r:.200}") from error
+        self.__dict__.update(loaded.__dict__)
+
+    def _loaded(self, state: Mapping[str, Any]) -> EnsembleStatistics:
+        shape = state["shape"]
         loaded = self._like_this()
         loaded._shape = None if shape is None else (int(shape[0]), int(shape[1]))
         loaded._num_images = int(state["num_images"])
         loaded._dtype = getattr(torch, state["dtype"])
+        if shape is not None and not (isinstance(loaded._dtype, torch.dtype) and loaded._dtype.is_floating_point):
+            raise StatisticsError(f"state has features of dtype {state['dtype']!r:.80}")
         if "moments" in state:
             loaded._moments = [Moments.from_state_dict(m) for m in state["moments"]]
             if len(loaded._moments) != self.folds or sum(m.count for m in loaded._moments) != loaded._num_images:
@@ -333,13 +342,17 @@ class EnsembleStatistics:
             expected = (loaded._shape[0], loaded._num_images, loaded._shape[1])
             if tuple(features.shape) != expected or len(labels) != len(fold_of) or len(labels) != expected[1]:
                 raise StatisticsError(f"state contradicts itself: features {list(features.shape)}, expected {expected}")
+            if labels.dtype != torch.int64 or fold_of.is_floating_point() or not features.is_floating_point():
+                raise StatisticsError(f"state has labels of {labels.dtype}, folds of {fold_of.dtype}")
+            if len(fold_of) and not (int(fold_of.min()) >= 0 and int(fold_of.max()) < self.folds):
+                raise StatisticsError(f"state has images of folds that are not there: there are {self.folds}")
             loaded._features, loaded._labels, loaded._fold_of = (
                 [features.clone()],
                 [labels.clone()],
                 [fold_of.clone()],
             )
             loaded._classes = set(labels.unique().tolist())
-        self.__dict__.update(loaded.__dict__)
+        return loaded
 
     def kept(self) -> list[Tensor] | list[Moments]:
         """What is kept, not copied: features [M, b, h] batch by batch, or the moments of every fold."""

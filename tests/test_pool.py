@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import literal
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from hgprompt.backbone import FrozenViT
 from hgprompt.errors import FileFormatError, HGPromptWarning, PromptError
 from hgprompt.files import read_safetensors, write_safetensors
 from hgprompt.pool import BackboneInfo, PromptPool
@@ -168,3 +170,27 @@ def test_foreign_file_and_bad_values(tmp_path):
     write_safetensors(tmp_path / "x", tensors, metadata)
     with pytest.raises(PromptError, match="'dogs' holds NaN or infinity"):
         PromptPool.load(tmp_path / "x")
+
+
+def test_a_pool_of_a_pool_keeps_its_provenance():
+    pool = _pool()
+    again = PromptPool(pool)
+    assert again == pool
+    assert again.backbone == pool.backbone
+    assert again.metadata == pool.metadata
+    changed = {name: prompt + 1 for name, prompt in pool.items()}
+    others = (pool.without(pool.names[0]), PromptPool(changed, backbone=pool.backbone, metadata=pool.metadata))
+    assert all(pool != other for other in (*others, PromptPool(dict(pool)), dict(pool)))
+
+
+def test_a_network_is_a_backbone():
+    vit = FrozenViT.from_timm(literal.tiny_vit())
+    assert PromptPool([torch.zeros(2, 16)], backbone=vit) == PromptPool([torch.zeros(2, 16)], backbone=vit.info)
+
+
+@pytest.mark.parametrize(
+    "options", [{"backbone": "mini"}, {"metadata": {"prompt_0": "hi"}}, {"metadata": [{}]}], ids=str
+)  # fmt: skip
+def test_provenance_of_another_kind(options):
+    with pytest.raises(PromptError, match=next(iter(options))):
+        PromptPool([torch.zeros(2, 16)], **options)

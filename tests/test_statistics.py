@@ -209,3 +209,21 @@ def test_a_first_batch_that_is_refused_leaves_no_shape_behind():
     statistics.update(features, labels)
     assert torch.equal(statistics.features_and_labels()[0], features)
     assert statistics.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": None}, {"dtype": "nn"}, {"dtype": "int64"}, {"dtype": 3}, {"num_images": "many"}, {"shape": (1,)},
+        {"labels": torch.zeros(12)}, {"fold_of": torch.full((12,), 9)}, {"fold_of": torch.zeros(12)},
+        *({name: ...} for name in ("labels", "features", "fold_of", "num_images", "dtype", "shape")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_states_that_are_none(change):
+    """`...` stands for a key that is not there."""
+    statistics = EnsembleStatistics(folds=2, keep="features")
+    statistics.update(torch.randn(2, 12, 3, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2)
+    state = {k: v for k, v in (statistics.state_dict() | change).items() if v is not ...}
+    with pytest.raises(StatisticsError, match=r"^state "):
+        EnsembleStatistics(folds=2).load_state_dict(state)
