@@ -21,7 +21,7 @@ from hgprompt.progress import Reporter
 from hgprompt.sample import ImageSample
 from hgprompt.statistics import EnsembleStatistics
 from hgprompt.stopping import StopRule
-from hgprompt.task_loss import FittedHead, fit_heads, held_out_logits, inverse_temperatures
+from hgprompt.task_loss import FittedHead, fit_heads, held_out_logits, inverse_temperatures, surest_temperatures
 from hgprompt.workers import of_the_loader
 
 READING = "reading the images"
@@ -157,7 +157,8 @@ class Pass:
             logits, targets = torch.cat(self.ranks.gather(logits, 1), 1), torch.cat(self.ranks.gather(targets))
         with self.ranks.together(stage):
             report("gradients", 0, self.folds)
-            heads = [one.sharpened(inverse_temperatures(logits, targets)) for one in heads]
+            factors = torch.minimum(inverse_temperatures(logits, targets), surest_temperatures(logits, targets))
+            heads = [one.sharpened(factors) for one in heads]
             for k, (images, labels, _) in enumerate(parts):
                 if len(images):
                     self._add_gradients(k, images, labels, heads[k].loss)

@@ -112,34 +112,40 @@ def fit_heads(kind: FittedHead, statistics: EnsembleStatistics, *, device: torch
 
 def inverse_temperatures(logits: Tensor, targets: Tensor) -> Tensor:
     """The factors t [M] that minimise the cross-entropy of t · logits (Guo et al. 2017, "On calibration of modern
-    neural networks"), but none surer of itself than n images can make it; 1 where no target is known.
-
-    Where every image is classified rightly, the cross-entropy alone would have t without end, and a loss without a
-    gradient: on easy tasks, for the best prompts. After n right answers in a row the next is right with probability
-    (n + 1)/(n + 2), says Laplace's rule of succession: that is the largest mean probability of the class decided for.
+    neural networks"), between 1e-4 and 100; 1 where no target is known.
 
     Args:
         logits: [M, n, C] of images that the heads have not seen; -inf marks a class that a head does not know.
         targets: [n], -100 where unknown.
     """
     logits, targets = logits[:, targets >= 0].double(), targets[targets >= 0].to(logits.device)
-    if (n := len(targets)) == 0:
+    if len(targets) == 0:
         return torch.ones(len(logits), dtype=torch.float64, device=logits.device)
     finite = torch.where(logits.isfinite(), logits, torch.zeros_like(logits))
     right = finite.gather(2, targets.expand(len(logits), -1)[..., None]).squeeze(2).mean(1)
-
-    def probabilities(t: Tensor) -> Tensor:
-        return (t[:, None, None] * logits).softmax(2)
-
-    # Both are monotonic in t: cross-entropy is convex, and the largest probability of each image grows.
-    best = _bisected(lambda t: (probabilities(t) * finite).sum(2).mean(1) < right, 1e-4, 1e2, right)
-    surest = _bisected(lambda t: probabilities(t).amax(2).mean(1) < (n + 1) / (n + 2), 1e-12, 1e2, right)
-    return torch.minimum(best, surest)
+    # Cross-entropy is convex in t: its slope has one root.
+    return _bisected(lambda t: ((t[:, None, None] * logits).softmax(2) * finite).sum(2).mean(1) < right, 1e-4, right)
 
 
-def _bisected(below: Callable[[Tensor], Tensor], low: float, high: float, like: Tensor) -> Tensor:
-    """t as `like`, up to which `below` is true, between two numbers; in the logarithm, to the last bit that matters."""
-    left, right = (torch.full_like(like, math.log(end)) for end in (low, high))
+def surest_temperatures(logits: Tensor, targets: Tensor) -> Tensor:
+    """The largest factors t [M] whose t · logits are no surer of themselves than n images can make them; up to 100.
+
+    Where every image is classified rightly, the cross-entropy has no least t, and at a large one a loss without a
+    gradient: on easy tasks, for the best prompts. After n right answers in a row the next is right with probability
+    (n + 1)/(n + 2), says Laplace's rule of succession: so large is the mean probability of the class decided for at
+    most. Arguments as for `inverse_temperatures`.
+    """
+    logits = logits[:, targets >= 0].double()
+    n, like = logits.shape[1], torch.ones(len(logits), dtype=torch.float64, device=logits.device)
+    if n == 0:
+        return like
+    # The largest probability of each image grows with t.
+    return _bisected(lambda t: (t[:, None, None] * logits).softmax(2).amax(2).mean(1) < (n + 1) / (n + 2), 1e-12, like)
+
+
+def _bisected(below: Callable[[Tensor], Tensor], low: float, like: Tensor) -> Tensor:
+    """t as `like`, up to which `below` is true, from `low` to 100; in the logarithm, to the last bit that matters."""
+    left, right = (torch.full_like(like, math.log(end)) for end in (low, 1e2))
     for _ in range(60):
         middle = (left + right) / 2
         is_below = below(middle.exp())

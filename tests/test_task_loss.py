@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from hgprompt.errors import DataError, OptionError
 from hgprompt.sample import folds_of
 from hgprompt.statistics import EnsembleStatistics
-from hgprompt.task_loss import fit_heads, given_loss, held_out_logits, inverse_temperatures, lda_intensity
+from hgprompt.task_loss import (
+    fit_heads,
+    given_loss,
+    held_out_logits,
+    inverse_temperatures,
+    lda_intensity,
+    surest_temperatures,
+)
 
 M, N, H, C = 3, 60, 5, 4
 FOLD_OF = torch.from_numpy(folds_of(np.arange(N), 4))
@@ -69,8 +76,9 @@ def test_no_head_is_surer_than_its_images_can_make_it(scale):
     g = torch.Generator().manual_seed(0)
     labels = torch.arange(50) % C
     logits = scale * (torch.rand(1, 50, C, generator=g, dtype=torch.float64) + 2 * torch.eye(C)[labels])
-    (found,) = inverse_temperatures(logits, labels).tolist()
+    (found,) = surest_temperatures(logits, labels).tolist()
     assert found == pytest.approx(literal.temperature(logits[0], labels), rel=1e-5)
+    assert found < inverse_temperatures(logits, labels)
     # Laplace: 50 of 50 right makes it 51/52 that the next is.
     assert float((found * logits[0]).softmax(1).amax(1).mean()) == pytest.approx(51 / 52)
 

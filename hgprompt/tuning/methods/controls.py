@@ -42,7 +42,7 @@ class FittedUniform(Uniform):
 
     name = "uniform, fitted head"
     head = "fitted"
-    revision = 2
+    revision = 1
 
 
 class RandomWeights(StartMethod):

@@ -67,4 +67,4 @@ class FittedLinear(Linear):
 
     name = "Linear, fitted head"
     head = "fitted"
-    revision = 2
+    revision = 1

@@ -22,4 +22,4 @@ class FittedVPT(VPT):
 
     name = "VPT, fitted head"
     head = "fitted"
-    revision = 2
+    revision = 1
