@@ -154,8 +154,8 @@ class Store:
         """Whether the cell, however it was begun, has left anything to go on from."""
         return self._begun(cell).exists()
 
-    def claimed(self, cell: Cell) -> contextlib.AbstractContextManager[bool]:
-        """Whether this process alone may work on the cell; it may while the context lasts."""
+    def claimed(self, cell: Cell) -> contextlib.AbstractContextManager[bool | None]:
+        """Whether this process alone may work on the cell, while the context lasts; None where nothing can say so."""
         return _claimed(self._begun(cell))
 
     def _begun(self, cell: Cell) -> Path:
@@ -206,8 +206,9 @@ def run_cells(
         def tell() -> None:
             report(stage, sum(cell.key in done for cell in mine), len(mine))
 
-        def work_on(cell: Cell) -> None:
-            with store.claimed(cell) as free:
+        def work_on(cell: Cell, *, own: bool) -> None:
+            with store.claimed(cell) as alone:
+                free = own if alone is None else alone
                 record = store.get(cell)  # another process may have finished it meanwhile
                 if record is None and free:
                     began = time.perf_counter()
@@ -223,12 +224,12 @@ def run_cells(
         tell()
         for cell in mine:
             if cell.key not in done or store.has_checkpoints(cell):
-                work_on(cell)
+                work_on(cell, own=True)
                 tell()
         while True:
             for cell in cells:
                 if share.helps and cell.key not in done:
-                    work_on(cell)
+                    work_on(cell, own=False)
             if not wait or len(done) == len(cells):
                 break
             report("others' cells", len(done), len(cells))
@@ -253,7 +254,7 @@ def _file_name(key: str) -> str:
 def _alone(lock: Path) -> Iterator[None]:
     """OptionError where another process has this lock."""
     with lock.open("w") as file:
-        if not _lock(file.fileno()):
+        if _lock(file.fileno()) is False:
             raise OptionError(
                 f"another process is at work in {lock.parent.parent} with the same share: wait for it, or start "
                 "several with torchrun (or RANK and WORLD_SIZE), which share the work"
@@ -262,8 +263,8 @@ def _alone(lock: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _claimed(directory: Path) -> Iterator[bool]:
-    """Whether the lock of a directory, which is made where it is not there, is this process's."""
+def _claimed(directory: Path) -> Iterator[bool | None]:
+    """`_lock` of a directory, which is made where it is not there."""
     while True:
         make_directory(directory)
         try:
@@ -277,14 +278,18 @@ def _claimed(directory: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def _lock(handle: int) -> bool:
-    """Whether an open file could be locked. The system frees it however this process ends."""
+def _lock(handle: int) -> bool | None:
+    """Whether an open file could be locked; None where its file system has no locks: each process keeps to its share.
+
+    The system frees it however this process ends.
+    """
     import fcntl
 
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:  # a file system without locks: work may be done twice, results are still whole
+    except OSError as error:
         logger.debug("no lock: %s", error)
+        return None
     return True

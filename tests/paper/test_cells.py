@@ -197,6 +197,14 @@ def test_a_process_that_is_done_takes_what_nobody_has_begun(tmp_path):
     assert sorted(int(i) for i in (tmp_path / "log").read_text().split()) == list(range(COUNT))  # each once
 
 
+def test_without_locks_each_keeps_to_its_share(tmp_path, monkeypatch):
+    monkeypatch.setattr("hgprompt.paper.cells._lock", lambda handle: None)  # a file system that has none
+    plan = cells(tmp_path)
+    run_cells(Store(tmp_path), plan, share=Share(0, 3, helps=True))
+    mine = {int(cell.key.split()[1]) for cell in Share(0, 3).of(plan)}
+    assert {int(i) for i in (tmp_path / "log").read_text().split()} == mine
+
+
 def test_one_that_helps_does_not_wait_for_a_process_that_died(tmp_path):
     plan = cells(tmp_path)
     found = run_cells(Store(tmp_path), plan, share=Share(1, 2, helps=True), wait=True)  # rank 0 never came
