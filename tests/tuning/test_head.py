@@ -168,7 +168,8 @@ def test_a_start_whose_features_are_not_finite_diverges_alone(vit):
         found.append(train(learner, [CONFIG, CONFIG], _draw(1)))
     assert found[0].diverged == (False, True)
     losses = [[record["loss"][0] for record in trained.history] for trained in found]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # heads of float32, from another batch of prompts
+    # Features of another batch of prompts differ in float32, and the inverse covariance of 24 images enlarges that.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_linear_starts_from_it(vit):
