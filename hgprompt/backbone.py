@@ -478,7 +478,7 @@ def create_model(name: str, pretrained: bool, checkpoint: str | None, options: d
         raise BackboneError(f"timm knows no model {name!r}" + (f"; similar names: {near}" if near else ""))
     options = {"num_classes": 0} | options
     try:
-        with torch.random.fork_rng(devices=[]):  # timm initialises weights from the global generator
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # timm draws weights from the global generator
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
         hint = "give checkpoint=<safetensors file>, or a model that you made yourself" if pretrained else "see above"

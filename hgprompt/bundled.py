@@ -71,8 +71,8 @@ def mini_model(img_size: int | tuple[int, int] = _MINI_SIZE, *, pretrained: bool
     from timm.layers import resample_abs_pos_embed
     from timm.models.vision_transformer import VisionTransformer
 
-    with torch.random.fork_rng(devices=[]):  # timm initialises weights from the global generator
-        model = VisionTransformer(img_size=img_size, **_MINI_ARCHITECTURE)
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # timm draws weights from the global generator
+        model = VisionTransformer(img_size=img_size, **_MINI_ARCHITECTURE).float()
     model.pretrained_cfg = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD, "interpolation": "bicubic"}
     if pretrained:
         with resources.as_file(resources.files("hgprompt") / "weights" / _MINI_FILE) as path:

@@ -129,7 +129,7 @@ class PassCheckpoint:
             return
         begin = self._clock()
         try:
-            records = torch.tensor(self._records, dtype=torch.int64).view(-1, RECORD)
+            records = torch.tensor(self._records, dtype=torch.int64, device="cpu").view(-1, RECORD)
             tensors, count = content_of(gathering)
             metadata = {
                 "format": _FORMAT, "version": _VERSION, "identity": self._identity, "num_gradient_images": count,

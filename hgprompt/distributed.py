@@ -162,8 +162,8 @@ class Ranks:
         if self.alone:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        lengths = self._gather_equal(torch.tensor([len(text)])).flatten().tolist()
-        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        lengths = self._gather_equal(torch.tensor([len(text)], device="cpu")).flatten().tolist()
+        padded = torch.zeros(max(lengths), dtype=torch.uint8, device="cpu")
         padded[: len(text)] = text
         texts = self._gather_equal(padded)
         return [json.loads(bytes(t[:n].tolist())) for t, n in zip(texts, lengths, strict=True)]
@@ -180,7 +180,7 @@ class Ranks:
         layout, record = self.gather_json([layout, record] if self.first else None)[0]
         result = {}
         for name, (shape, dtype) in layout.items():
-            mine = tensors[name] if self.first else torch.empty(shape, dtype=getattr(torch, dtype))
+            mine = tensors[name] if self.first else torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
             result[name] = self._from(0, mine)
         return result, record
 
@@ -199,7 +199,7 @@ class Ranks:
             parts = self.gather_json(None if batch is None else batch.tolist())
             if all(part is None for part in parts):
                 return
-            yield torch.tensor([n for part in parts for n in part or []], dtype=torch.int64)
+            yield torch.tensor([n for part in parts for n in part or []], dtype=torch.int64, device="cpu")
 
     def _tell(self, message: str) -> None:
         if self.alone:

@@ -302,7 +302,7 @@ def _result(
     """The first rank's result. reached: the bound on the error that ended the stream; None: it came to its end."""
     problem, (weights, diagnostics), without_fold, gram, num_gradient_images = found
     covariance = problem.source_covariance
-    nan = torch.full((len(names), len(names)), math.nan, dtype=torch.float64)
+    nan = torch.full((len(names), len(names)), math.nan, dtype=torch.float64, device="cpu")
     return EnsembleResult(
         weights=weights,
         names=tuple(names),

@@ -336,7 +336,7 @@ def _read_header(path: Path, file: BinaryIO, max_header_bytes: int) -> tuple[dic
 
 def _read_tensor(path: Path, file: BinaryIO, name: str, entry: dict[str, Any], start: int) -> Tensor:
     """A tensor in memory of its own; `_check_layout` has seen its entry. Files are little-endian, and so are we."""
-    tensor = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
+    tensor = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="cpu")
     if tensor.numel():
         content = tensor.reshape(-1).view(torch.uint8)
         file.seek(start + entry["data_offsets"][0])

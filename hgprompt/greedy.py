@@ -86,7 +86,8 @@ def greedy_selection(
     taken = sorted(best.prompts, key=lambda i: -weights[i])
     order = list(dict.fromkeys(taken + in_turn(best_alone, wanted)))
     ready = torch.from_numpy(weights[order[:size]])
-    return Ranking(torch.tensor(order), ready, best.value, score(weights)[0], score.intensity, torch.from_numpy(alone))
+    found = torch.tensor(order, device="cpu")
+    return Ranking(found, ready, best.value, score(weights)[0], score.intensity, torch.from_numpy(alone))
 
 
 def ranking_by_h_score(statistics: EnsembleStatistics, size: int, *, shrinkage: Shrinkage = "auto") -> Ranking:

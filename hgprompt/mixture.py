@@ -84,7 +84,7 @@ class FeatureMixture:
     def uniform(self) -> tuple[Tensor, Tensor]:
         """Σ [h, h] of the uniform mixture, and Σ_n ‖f_n‖⁴ []."""
         m = len(self.means)
-        f = self._mix(torch.full((m,), 1 / m, dtype=torch.float64))
+        f = self._mix(torch.full((m,), 1 / m, dtype=torch.float64, device="cpu"))
         return square(f) / self.n, f.square().sum(1).square().sum()
 
     def discriminants(self, weights: Tensor, a: float) -> tuple[float, Tensor]:

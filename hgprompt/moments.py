@@ -56,12 +56,12 @@ class Moments:
         self.width = width
         self.count = 0
         self.centre: Tensor | None = None
-        self.sums = torch.zeros(num_prompts, width, dtype=torch.float64)
+        self.sums = torch.zeros(num_prompts, width, dtype=torch.float64, device="cpu")
         self.rows: list[Tensor] = []
         self.class_counts: dict[int, int] = {}
         self.class_sums: dict[int, Tensor] = {}
-        self.third = torch.zeros(width, dtype=torch.float64)
-        self.fourth = torch.zeros((), dtype=torch.float64)
+        self.third = torch.zeros(width, dtype=torch.float64, device="cpu")
+        self.fourth = torch.zeros((), dtype=torch.float64, device="cpu")
 
     @staticmethod
     def bytes_for(num_prompts: int, width: int, num_classes: int) -> int:
@@ -91,7 +91,7 @@ class Moments:
             # library's float64 products.
             add = kernels.add_moments if x.dtype.itemsize < 4 else kernels.add_moments_reference
             add(self.rows, x, self.centre)
-            uniform = mix(x, self.centre, torch.full((len(x),), 1 / len(x), dtype=torch.float64))
+            uniform = mix(x, self.centre, torch.full((len(x),), 1 / len(x), dtype=torch.float64, device="cpu"))
         else:
             y = x.double() - self.centre[:, None]
             sums = class_sums(y, index, len(classes))
@@ -157,7 +157,7 @@ class Moments:
         for i in range(len(self.rows)):
             self.rows[i] = ranks.sum(self.rows[i])
         self.sums, self.third, self.fourth = (ranks.sum(t) for t in (self.sums, self.third, self.fourth))
-        counts = ranks.sum(torch.tensor([self.class_counts.get(c, 0) for c in classes])).tolist()
+        counts = ranks.sum(torch.tensor([self.class_counts.get(c, 0) for c in classes], device="cpu")).tolist()
         none = torch.zeros_like(self.sums)
         total = ranks.sum(torch.stack([self.class_sums.get(c, none) for c in classes]))
         seen = [(c, n, t) for c, n, t in zip(classes, counts, total.to(device), strict=True) if n]
@@ -204,7 +204,7 @@ class Moments:
 
     def mixed_second(self) -> Tensor:
         """Σ ȳ ȳᵀ [h, h] of the uniform mixture, about the pilot centre."""
-        uniform = torch.full((self.num_prompts,), 1 / self.num_prompts, dtype=torch.float64)
+        uniform = torch.full((self.num_prompts,), 1 / self.num_prompts, dtype=torch.float64, device="cpu")
         return self.quadratic(uniform)
 
     def quadratic(self, weights: Tensor) -> Tensor:

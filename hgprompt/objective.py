@@ -149,7 +149,9 @@ def resolve_intensity(shrinkage: Shrinkage, n: int, covariance: Tensor, fourth: 
     h = covariance.shape[0]
     square = float(covariance.square().sum())
     mean = float(covariance.trace()) / h
-    distance = float((covariance - mean * torch.eye(h).to(covariance)).square().sum())
+    distance = float(
+        (covariance - mean * torch.eye(h, dtype=covariance.dtype, device=covariance.device)).square().sum()
+    )
     if distance == 0:  # Σ is its own target, as with a single feature: shrinking it changes nothing
         return 0.0
     if shrinkage in ("auto", "ledoit-wolf"):

@@ -170,7 +170,7 @@ class Pass:
             sample.share(self.ranks)  # of all images read, also where gradients were taken of fewer
         with self.ranks.together("judging the mixed prompt"):
             images, labels, features = sample.all()
-            blend = under_mixture = torch.zeros(0, self.vit.width, dtype=torch.float64)
+            blend = under_mixture = torch.zeros(0, self.vit.width, dtype=torch.float64, device="cpu")
             if len(images):
                 blend = torch.tensordot(weights.to(features.device), features.double(), dims=1)
                 with torch.no_grad():
@@ -202,7 +202,7 @@ class Pass:
         gradients, count = self.gradients, self.num_gradient_images
         if not self.ranks.alone:
             if not self.by_prompts:
-                count = int(self.ranks.sum(torch.tensor(count)))
+                count = int(self.ranks.sum(torch.tensor(count, device="cpu")))
             if count:
                 if gradients is None:
                     gradients = self._no_gradients()

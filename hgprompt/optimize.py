@@ -148,7 +148,7 @@ class WeightProblem:
         capacity = ReducedHScore.capacity_for(self.score)
         self.uniform_h_score, uniform_z = self.score.evaluate(np.full(size, 1 / size))
         alone = [self.score.evaluate(vertex) for vertex in np.eye(size)]
-        self.source_h_scores = torch.tensor([value for value, _ in alone], dtype=torch.float64)
+        self.source_h_scores = torch.tensor([value for value, _ in alone], dtype=torch.float64, device="cpu")
         self._influence = source_influence(self.score, [z for _, z in alone])
         if capacity:
             self._reduced = ReducedHScore(self.score, capacity)
@@ -254,7 +254,7 @@ class WeightProblem:
         """
         folds = self.statistics.folds
         if folds < 2 or self.statistics.num_images < 2 * folds:
-            return torch.full((folds, self.size), torch.nan, dtype=torch.float64)
+            return torch.full((folds, self.size), torch.nan, dtype=torch.float64, device="cpu")
         alignments = [None if fold_grams is None else Alignment(_array(fold_grams[k])) for k in range(folds)]
         if solver == "projected-gradient":
             uniform = np.full(self.size, 1 / self.size)

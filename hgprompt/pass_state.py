@@ -52,7 +52,7 @@ def content_of(gathering: Gathering) -> tuple[dict[str, Tensor | Sequence[Tensor
     batches = [part for part in kept if isinstance(part, Tensor)]
     if batches:
         tensors["features"] = batches
-        tensors["features.sizes"] = torch.tensor([part.shape[1] for part in batches])
+        tensors["features.sizes"] = torch.tensor([part.shape[1] for part in batches], device="cpu")
     if gathering.sample is not None and len(gathering.sample):
         tensors["sample"] = gathering.sample.features
     if gathering.gradients is not None:
@@ -167,7 +167,8 @@ def _of_moments(moments: Moments) -> dict[str, Tensor | Sequence[Tensor]]:
     assert moments.centre is not None
     found: dict[str, Tensor | Sequence[Tensor]] = {
         "centre": moments.centre, "sums": moments.sums, "third": moments.third, "fourth": moments.fourth,
-        "classes": torch.tensor(list(moments.class_sums)), "class_sums": list(moments.class_sums.values()),
+        "classes": torch.tensor(list(moments.class_sums), device="cpu"),
+        "class_sums": list(moments.class_sums.values()),
     }  # fmt: skip
     return found | {f"rows.{i}": row for i, row in enumerate(moments.rows)}
 

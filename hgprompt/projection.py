@@ -27,15 +27,16 @@ class ProjectedMixture:
         self.r, self.traces, self.noise, self.width, self.n = r, traces, noise, width, n
         m, _, k = r.shape
         self._blocks = blocks
-        self._rows, self._columns = torch.tril_indices(k, k)
-        self._first, self._second = torch.triu_indices(m, m)
+        self._rows, self._columns = torch.tril_indices(k, k, device="cpu")
+        self._first, self._second = torch.triu_indices(m, m, device="cpu")
 
     def select(self, prompts: Tensor) -> ProjectedMixture:
         """Of these prompts alone, in this order."""
         m = len(self.traces)
-        place = torch.zeros(m, m, dtype=torch.int64)
-        place[self._first, self._second] = place[self._second, self._first] = torch.arange(len(self._first))
-        inside = torch.triu_indices(len(prompts), len(prompts))
+        place = torch.zeros(m, m, dtype=torch.int64, device="cpu")
+        each = torch.arange(len(self._first), device="cpu")
+        place[self._first, self._second] = place[self._second, self._first] = each
+        inside = torch.triu_indices(len(prompts), len(prompts), device="cpu")
         chosen = place[prompts[inside[0]], prompts[inside[1]]]
         traces = self.traces[prompts][:, prompts]
         return ProjectedMixture(self._blocks[chosen], self.r[prompts], traces, self.noise[prompts], self.width, self.n)
@@ -98,7 +99,7 @@ class MomentProjection:
         basis = basis.to(self.mixture.mean.device)
         n, mean = self.mixture.n, self.mixture.mean @ basis
         moments = self.mixture.moments.project(basis)
-        rows, columns = torch.tril_indices(moments.width, moments.width)
+        rows, columns = torch.tril_indices(moments.width, moments.width, device="cpu")
         blocks = []
         for i, row in enumerate(moments.rows):
             c = row.transpose(0, 1) / n - mean[i][None, :, None] * mean[i:, None, :]

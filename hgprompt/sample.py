@@ -65,7 +65,7 @@ class ImageSample:
         for i, (label, position, number) in enumerate(zip(labels.tolist(), positions.tolist(), numbers, strict=True)):
             place = self._place(number)
             if place is not None:
-                of_image = torch.empty(0) if features is None else features[:, i].clone()
+                of_image = _none() if features is None else features[:, i].clone()
                 self._put(place, images[i].clone(), label, of_image, position)
         self._seen += len(labels)
 
@@ -76,7 +76,7 @@ class ImageSample:
         """
         if self.capacity is None or ranks.alone:
             return
-        mine = torch.tensor([-negative for negative, _ in self._largest], dtype=torch.int64)
+        mine = torch.tensor([-negative for negative, _ in self._largest], dtype=torch.int64, device="cpu")
         numbers = torch.cat(ranks.gather(mine)).sort().values
         self._limit = int(numbers[self.capacity - 1]) if len(numbers) > self.capacity > 0 else None
 
@@ -124,9 +124,9 @@ class ImageSample:
         return sorted(shown, key=self._positions.__getitem__)
 
     def _select(self, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        labels = torch.tensor([self._labels[i] for i in chosen], dtype=torch.int64)
+        labels = torch.tensor([self._labels[i] for i in chosen], dtype=torch.int64, device="cpu")
         if not chosen:
-            return torch.empty(0), labels, torch.empty(0)
+            return _none(), labels, _none()
         features = torch.stack([self._features[i] for i in chosen], dim=1)
         return torch.stack([self._images[i] for i in chosen]), labels, features
 
@@ -149,3 +149,8 @@ def draw(positions: np.ndarray, seed: int) -> np.ndarray:
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
+
+
+def _none() -> Tensor:
+    """Float32 [0], for features or images that there are not."""
+    return torch.empty(0, dtype=torch.float32, device="cpu")

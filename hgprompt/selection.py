@@ -94,7 +94,7 @@ class SuccessiveHalving:
             raise OptionError(f"num_images must be at least 1, got {num_images}")
         self.size, self.shrinkage = size, shrinkage
         self._count, self._announced = num_prompts, num_images
-        self.survivors = torch.arange(num_prompts)
+        self.survivors = torch.arange(num_prompts, device="cpu")
         self.statistics = EnsembleStatistics(keep="features")
         self.pairs = 0
         self.rounds = [(0, num_prompts)]
@@ -127,7 +127,7 @@ class SuccessiveHalving:
                 stacklevel=4,
             )
         found = greedy_selection(self.statistics, self.size, shrinkage=self.shrinkage)
-        alone = torch.full((self._count,), torch.nan, dtype=torch.float64)
+        alone = torch.full((self._count,), torch.nan, dtype=torch.float64, device="cpu")
         alone[self.survivors] = found.alone
         return dataclasses.replace(found, order=self.survivors[found.order], alone=alone)
 
@@ -144,7 +144,7 @@ class SuccessiveHalving:
                 HGPromptWarning,
                 stacklevel=4,
             )
-        kept = torch.tensor(_promising(self.statistics, self.shrinkage)[:left]).sort().values
+        kept = torch.tensor(_promising(self.statistics, self.shrinkage)[:left], device="cpu").sort().values
         logger.info("%d images: %d of %d prompts go on", self.statistics.num_images, left, len(self.survivors))
         self.survivors = self.survivors[kept]
         self.statistics = self.statistics.select(kept.tolist())
@@ -240,9 +240,9 @@ def select_prompts(
                 if position == 1 and total is not None:
                     everything.expect(images_in(loader, total, len(images)))
                 # The first rank keeps and decides everything; the others are its network.
-                survivors = torch.arange(len(pool)) if halving is None else halving.survivors
+                survivors = torch.arange(len(pool), device="cpu") if halving is None else halving.survivors
                 survivors = ranks.broadcast({"survivors": survivors})[0]["survivors"]
-                seen = torch.arange(len(pool)) if full_evaluation else survivors
+                seen = torch.arange(len(pool), device="cpu") if full_evaluation else survivors
                 with ranks.together(_READING):
                     mine = seen[slices(len(seen), ranks.world)[ranks.rank]]
                     features = torch.zeros(0, len(images), vit.width, dtype=vit.dtype, device=vit.device)

@@ -264,7 +264,8 @@ class EnsembleStatistics:
             self._finite.finish()
         shape, dtype, total = self._common(ranks)
         self._shape, self._dtype = shape, dtype
-        classes = {int(c) for part in ranks.gather(torch.tensor(self.classes, dtype=torch.int64)) for c in part}
+        mine = torch.tensor(self.classes, dtype=torch.int64, device="cpu")
+        classes = {int(c) for part in ranks.gather(mine) for c in part}
         if "moments" in ranks.gather_json(self.keeps):
             keep: Keep = "moments"
         else:
@@ -275,9 +276,10 @@ class EnsembleStatistics:
         device = self._device
         if chosen == "features":
             self._join_batches()
-            none = torch.zeros(shape[0], 0, shape[1], dtype=dtype), torch.zeros(0, dtype=torch.int64)
+            features = torch.zeros(shape[0], 0, shape[1], dtype=dtype, device="cpu")
+            none = features, torch.zeros(0, dtype=torch.int64, device="cpu")
             features, labels = (self._features[0], self._labels[0]) if self._features else none
-            fold_of = self._fold_of[0] if self._fold_of else torch.zeros(0, dtype=torch.int32)
+            fold_of = self._fold_of[0] if self._fold_of else torch.zeros(0, dtype=torch.int32, device="cpu")
             self._features = ranks.gather(features, 1)
             self._labels, self._fold_of = ranks.gather(labels), ranks.gather(fold_of)
         else:
@@ -399,7 +401,7 @@ class EnsembleStatistics:
         """
         from hgprompt.objective import HScore
 
-        weights = torch.as_tensor(weights, dtype=torch.float64)
+        weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
         if weights.shape != (self.num_prompts,):
             raise OptionError(f"weights must be [{self.num_prompts}], got {list(weights.shape)}")
         largest = weights.abs().max()
@@ -553,7 +555,7 @@ def _add_by_fold(moments: list[Moments], features: Tensor, labels: Tensor, fold_
 
 def _mean(moments: Sequence[Moments], ranks: Ranks, total: int) -> Tensor:
     """Mean [M, h] of the features of all ranks, with the same bits on every rank."""
-    mine = torch.zeros(moments[0].sums.shape, dtype=torch.float64)
+    mine = torch.zeros(moments[0].sums.shape, dtype=torch.float64, device="cpu")
     for part in moments:
         if part.centre is not None:
             mine += (part.sums + part.count * part.centre).cpu()

@@ -88,9 +88,10 @@ class StopRule:
     def state(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of the looks taken: images [n] int64, weights [n, M] and bounds [n], which may be infinite. What labels tell
         is not in it: a stream that is read again goes through `due` again."""
-        positions = torch.tensor([n for n, _ in self._looks], dtype=torch.int64)
-        weights = torch.stack([w for _, w in self._looks]) if self._looks else torch.zeros(0, 0, dtype=torch.float64)
-        return positions, weights, torch.tensor(self._found, dtype=torch.float64)
+        positions = torch.tensor([n for n, _ in self._looks], dtype=torch.int64, device="cpu")
+        none = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
+        weights = torch.stack([w for _, w in self._looks]) if self._looks else none
+        return positions, weights, torch.tensor(self._found, dtype=torch.float64, device="cpu")
 
     def restore(self, positions: Tensor, weights: Tensor, found: Tensor) -> None:
         """Put back the looks of `state`."""

@@ -167,14 +167,15 @@ def held_out_logits(
     for head, f, y in zip(heads, features, labels, strict=True):
         if len(y) == 0:
             continue
-        logits = torch.full((len(f), len(y), len(classes)), -torch.inf, dtype=torch.float64)
+        logits = torch.full((len(f), len(y), len(classes)), -torch.inf, dtype=torch.float64, device="cpu")
         places = torch.searchsorted(classes, head.classes)
         logits[:, :, places] = head.logits(f, slice(None)).double().cpu()
         target = head.targets(y)
         parts.append(logits)
         targets.append(torch.where(target >= 0, places[target.clamp_min(0)], -100))
     if not parts:
-        return torch.zeros(len(heads[0].weight), 0, len(classes)), torch.zeros(0, dtype=torch.int64)
+        none = torch.zeros(len(heads[0].weight), 0, len(classes), dtype=torch.float32, device="cpu")
+        return none, torch.zeros(0, dtype=torch.int64, device="cpu")
     return torch.cat(parts, dim=1), torch.cat(targets)
 
 
@@ -230,9 +231,9 @@ def _lda(moments: Moments, intensity: float) -> tuple[Tensor, Tensor, Tensor]:
     mean = moments.sums[0] / n
     means = torch.stack([moments.class_sums[c][0] for c in classes]) / counts[:, None] - mean
     priors = counts / n
-    total = moments.quadratic(torch.ones(1, dtype=torch.float64)) / n - torch.outer(mean, mean)
+    total = moments.quadratic(torch.ones(1, dtype=torch.float64, device="cpu")) / n - torch.outer(mean, mean)
     within = total - (means.T * priors) @ means
     ridge = intensity * within.trace() / h
     weight = solve_regularized((1 - intensity) * within, ridge, means.T, n).T
     bias = priors.log() - 0.5 * (means * weight).sum(1) - weight @ (moments.centre[0] + mean)
-    return weight, bias, torch.tensor(classes)
+    return weight, bias, torch.tensor(classes, device="cpu")

@@ -40,7 +40,7 @@ def source_influence(score: HScore, discriminants: list[Tensor]) -> Tensor | Non
     """
     if not isinstance(score.mixture, FeatureMixture):
         return None
-    vertices = torch.eye(len(discriminants), dtype=torch.float64)
+    vertices = torch.eye(len(discriminants), dtype=torch.float64, device="cpu")
     rows = [score.mixture.influence(v, score.intensity, z) for v, z in zip(vertices, discriminants, strict=True)]
     return torch.stack(rows).cpu()
 
@@ -102,9 +102,9 @@ def _without_folds(by_fold: Sequence[Moments], intensity: float, dtype: torch.dt
     """H [K] of one prompt's or mixture's features without each fold in turn; NaN where a fold is empty or alone, and
     where what is left has fewer than two classes, or features that are the same for every image."""
     if len(by_fold) < 2 or min(part.count for part in by_fold) == 0:
-        return torch.full((len(by_fold),), torch.nan, dtype=torch.float64)
-    one = torch.ones(1, dtype=torch.float64)
-    values = torch.full((len(by_fold),), torch.nan, dtype=torch.float64)
+        return torch.full((len(by_fold),), torch.nan, dtype=torch.float64, device="cpu")
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
+    values = torch.full((len(by_fold),), torch.nan, dtype=torch.float64, device="cpu")
     for k in range(len(by_fold)):
         left = merged(by_fold, k)
         if tells_apart(left, one, dtype):

@@ -153,5 +153,5 @@ class ImageLoader(DataLoader[Any]):
 def _collate(items: Sequence[tuple[int, Any]]) -> tuple[Tensor, Tensor, dict[int, str]]:
     good = [item for _, item in items if not isinstance(item, str)]
     bad = {index: item for index, item in items if isinstance(item, str)}
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-    return images, torch.tensor([label for _, label in good], dtype=torch.int64), bad
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0, dtype=torch.float32, device="cpu")
+    return images, torch.tensor([label for _, label in good], dtype=torch.int64, device="cpu"), bad

@@ -201,8 +201,8 @@ def decode(task: ImageTask, image_size: tuple[int, int], **options: Any) -> Labe
 
 
 def _decoded(dataset: ImageDataset, report: Callable[[int, int], None] | None, bad_images: BadImages) -> LabelledImages:
-    images = torch.empty(len(dataset), 3, *dataset.image_size, dtype=torch.uint8)
-    labels = torch.tensor([label for _, label in dataset.samples], dtype=torch.int64)
+    images = torch.empty(len(dataset), 3, *dataset.image_size, dtype=torch.uint8, device="cpu")
+    labels = torch.tensor([label for _, label in dataset.samples], dtype=torch.int64, device="cpu")
     bad = _read_all(dataset, images, report, stop=bad_images == "stop")
     skipped = report_skipped(dataset.samples, bad)
     if skipped is not None:

@@ -61,7 +61,7 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """What a DataLoader asks for: one gather for the batch."""
-        images, labels = self[torch.as_tensor(indices)]
+        images, labels = self[torch.as_tensor(indices, device="cpu")]
         return list(zip(images, labels, strict=True))
 
     def batches(self, batch_size: int) -> list[tuple[Tensor, Tensor]]:

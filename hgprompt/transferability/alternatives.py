@@ -414,7 +414,7 @@ def _from_moments(statistics: EnsembleStatistics, without_fold: int | None) -> t
     _require_classes(len(classes))
     assert moments.centre is not None
     mean = moments.sums / moments.count  # about the pilot centre, as the class sums
-    counts = torch.tensor([moments.class_counts[c] for c in classes]).to(mean)
+    counts = mean.new_tensor([moments.class_counts[c] for c in classes])
     class_means = torch.stack([moments.class_sums[c] for c in classes], dim=1) / counts[:, None]
     eye = torch.eye(moments.width, dtype=mean.dtype, device=mean.device)
     total = moments.inner(eye) / moments.count - mean @ mean.T

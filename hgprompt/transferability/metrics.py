@@ -173,8 +173,8 @@ def nce(source_labels: Tensor, labels: Tensor) -> float:
     if len(target) == 0:
         raise DataError("there are no labels")
     z, y = (t.unique(return_inverse=True)[1] for t in (source, target))
-    joint = torch.zeros(int(z.max()) + 1, int(y.max()) + 1, dtype=torch.float64)
-    joint.index_put_((z, y), torch.ones(len(y), dtype=torch.float64), accumulate=True)
+    joint = torch.zeros(int(z.max()) + 1, int(y.max()) + 1, dtype=torch.float64, device="cpu")
+    joint.index_put_((z, y), torch.ones(len(y), dtype=torch.float64, device="cpu"), accumulate=True)
     joint /= len(y)
     given = joint / joint.sum(1, keepdim=True)
     return float(torch.special.xlogy(joint, given).sum())

@@ -110,7 +110,7 @@ def compare_starts(
         raise OptionError("a comparison needs at least one seed and one number of epochs")
     config = config or TuneConfig()
     names = (RANDOM, SINGLE, UNIFORM, HGPROMPT, *(f"{HGPROMPT} λ={lam:g}" for lam in variants))
-    accuracy = torch.full((len(epochs), len(seeds), len(names)), float("nan"), dtype=torch.float64)
+    accuracy = torch.full((len(epochs), len(seeds), len(names)), float("nan"), dtype=torch.float64, device="cpu")
     curves: list[Tensor] = []
     curve_epochs: tuple[int, ...] = ()
     ensembles, singles, seconds = [], [], [0.0] * len(epochs)
@@ -144,11 +144,12 @@ def compare_starts(
                 stage=f"seed {s + 1}/{len(seeds)}",
                 checkpoint=None if folder is None else folder / f"{test.name}-{budget}-{seed}.checkpoint.safetensors",
             )  # fmt: skip
-            accuracy[e, s] = torch.tensor(tuned.history[-1]["test_accuracy"], dtype=torch.float64)
+            accuracy[e, s] = torch.tensor(tuned.history[-1]["test_accuracy"], dtype=torch.float64, device="cpu")
             if longest:
                 rows = [record for record in tuned.history if "test_accuracy" in record]
                 curve_epochs = tuple(record["epoch"] for record in rows)
-                curves.append(torch.tensor([record["test_accuracy"] for record in rows], dtype=torch.float64))
+                curve = [record["test_accuracy"] for record in rows]
+                curves.append(torch.tensor(curve, dtype=torch.float64, device="cpu"))
             seconds[e] += tuned.seconds
     return Comparison(
         starts=names,

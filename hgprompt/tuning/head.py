@@ -43,7 +43,7 @@ def fitted_head(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
     crossed, whole = EnsembleStatistics(folds=folds), EnsembleStatistics(folds=1)
     for statistics in (crossed, whole):
         statistics.update(features[None], labels)
-    factor = torch.ones(1, dtype=torch.float64)
+    factor = torch.ones(1, dtype=torch.float64, device="cpu")
     if folds > 1:
         fold_of = torch.from_numpy(folds_of(np.arange(len(labels)), folds))
         by_fold = [fold_of == k for k in range(folds)]
@@ -54,7 +54,7 @@ def fitted_head(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
         )
         factor = inverse_temperatures(logits, targets).clamp_max(1.0)
     head = fit_heads("lda", whole, device=device)[0].sharpened(factor)
-    weight = torch.zeros(num_classes, features.shape[1])
-    bias = torch.full((num_classes,), float(factor) * math.log(0.5 / len(labels)))
+    weight = torch.zeros(num_classes, features.shape[1], dtype=torch.float32, device="cpu")
+    bias = torch.full((num_classes,), float(factor) * math.log(0.5 / len(labels)), dtype=torch.float32, device="cpu")
     weight[head.classes], bias[head.classes] = head.weight[0].float(), head.bias[0].float()
     return weight, bias

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from hgprompt.tuning.head import HeadStart, fitted_head
-from hgprompt.tuning.streams import stream
+from hgprompt.tuning.streams import stream, uniform_within
 
 HEAD = "head"
 """Names of parameters that begin so belong to the classifier: it has a learning rate of its own, and does not count as
@@ -93,8 +93,8 @@ def linear_head(width: int, num_classes: int, seed: int, device: torch.device) -
     """nn.Linear's start drawn with a seed: {"head.weight": [C, width], "head.bias": [C]}, leaves that require grad."""
     bound = width**-0.5
     generator = stream(seed, "head")
-    weight = (torch.rand(num_classes, width, generator=generator) * 2 - 1) * bound
-    bias = (torch.rand(num_classes, generator=generator) * 2 - 1) * bound
+    weight = uniform_within(bound, generator, num_classes, width)
+    bias = uniform_within(bound, generator, num_classes)
     return {f"{HEAD}.weight": weight.to(device).requires_grad_(), f"{HEAD}.bias": bias.to(device).requires_grad_()}
 
 

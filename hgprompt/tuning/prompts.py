@@ -17,7 +17,7 @@ from hgprompt.tuning.config import TuneConfig
 from hgprompt.tuning.head import HEAD_STARTS, HeadStart
 from hgprompt.tuning.learner import HEAD, Learner, cross_entropies, fit_linear_heads, linear_head
 from hgprompt.tuning.result import TuneResult
-from hgprompt.tuning.streams import stream
+from hgprompt.tuning.streams import stream, uniform
 
 Penalty = Callable[[Tensor, slice, slice], Tensor]
 """penalty(logits [r, b, C], runs, images) → [r], summed over those images."""
@@ -117,7 +117,7 @@ class PromptLearner(Learner):
         for config, of_run in zip(self.configs, self.parameters, strict=True):
             # A generator of the step alone: a resumed run draws what the undisturbed one drew.
             generator = stream(config.seed, "prompt dropout", step)
-            kept = torch.rand(of_run["prompt"].shape, generator=generator) >= config.prompt_dropout
+            kept = uniform(generator, *of_run["prompt"].shape) >= config.prompt_dropout
             factors.append(kept.to(torch.float32) / (1 - config.prompt_dropout))
         return torch.stack(factors).to(self.backbone.device)
 

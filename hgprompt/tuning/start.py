@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hgprompt.backbone import FrozenViT
 from hgprompt.errors import OptionError
+from hgprompt.tuning.streams import uniform_within
 
 
 def random_prompt(backbone: FrozenViT, num_tokens: int, *, deep: bool = False, seed: int = 42) -> Tensor:
@@ -21,4 +22,4 @@ def random_prompt(backbone: FrozenViT, num_tokens: int, *, deep: bool = False, s
     bound = (6 / (3 * height * width + backbone.width)) ** 0.5
     shape = (backbone.depth, num_tokens, backbone.width) if deep else (num_tokens, backbone.width)
     generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(shape, generator=generator) * 2 - 1) * bound
+    return uniform_within(bound, generator, *shape)

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def stream(seed: int, purpose: str, counter: int = 0) -> torch.Generator:
@@ -16,3 +17,13 @@ def stream(seed: int, purpose: str, counter: int = 0) -> torch.Generator:
     """
     state = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), counter]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)  # 63 bits: what manual_seed takes on every platform
+
+
+def uniform(generator: torch.Generator, *shape: int) -> Tensor:
+    """Uniform in 0 … 1; float32 on the CPU, whatever torch's defaults are."""
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def uniform_within(bound: float, generator: torch.Generator, *shape: int) -> Tensor:
+    """Uniform in ±bound; float32 on the CPU."""
+    return (uniform(generator, *shape) * 2 - 1) * bound

@@ -130,11 +130,11 @@ def train(
 
     with torch.inference_mode(False), torch.enable_grad(), Progress.of(progress) as report:
         if not history:
-            learner.begin(_batches(train, torch.arange(len(train)), config.batch_size, workers))
+            learner.begin(_batches(train, torch.arange(len(train), device="cpu"), config.batch_size, workers))
         batches = None if len(history) == config.epochs else _Batches(learner, configs, train, workers)
         for epoch in range(len(history), config.epochs):
             assert batches is not None
-            sums = torch.zeros(2, len(configs), dtype=torch.float64)
+            sums = torch.zeros(2, len(configs), dtype=torch.float64, device="cpu")
             began = time.perf_counter()
             for i, (inputs, labels) in enumerate(batches.of_epoch(epoch)):
                 step = epoch * steps_per_epoch + i
@@ -175,10 +175,10 @@ def accuracy(
     report: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Accuracy [R] in 0 … 1 of a learner's runs; float64 on the CPU. report(done, total): after every batch."""
-    correct = torch.zeros(len(learner.parameters), dtype=torch.float64)
+    correct = torch.zeros(len(learner.parameters), dtype=torch.float64, device="cpu")
     done = 0
     with torch.no_grad():
-        for batch, labels in _batches(images, torch.arange(len(images)), batch_size, workers):
+        for batch, labels in _batches(images, torch.arange(len(images), device="cpu"), batch_size, workers):
             logits = learner.logits(learner.prepare(batch))
             correct += (logits.argmax(2) == labels.to(logits.device)).sum(1).cpu()
             done += len(labels)
@@ -198,7 +198,7 @@ class _Runs:
             if len(values) > 1:
                 raise OptionError(f"runs that are trained together share {name}, got {sorted(values)}")
         self.learner, self.config = learner, configs[0]
-        self.diverged = torch.zeros(len(configs), dtype=torch.bool)
+        self.diverged = torch.zeros(len(configs), dtype=torch.bool, device="cpu")
         groups: list[dict[str, Any]] = []
         for config, parameters in zip(configs, learner.parameters, strict=True):
             scale = config.batch_size / 256
@@ -224,7 +224,7 @@ class _Runs:
                 if self.config.optimizer == "sgd":
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 else:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
 
     def step(self, inputs: Tensor, labels: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
@@ -267,7 +267,7 @@ class _Runs:
 
     def restore(self, stored: Mapping[str, Tensor], diverged: Sequence[bool]) -> None:
         """The reverse of `tensors`."""
-        self.diverged = torch.tensor(diverged)
+        self.diverged = torch.tensor(diverged, device="cpu")
         with torch.no_grad():
             for run, tensors in enumerate(self._by_run()):
                 for name, tensor in tensors.items():
@@ -298,7 +298,9 @@ class _Batches:
             with torch.no_grad():
                 parts = [
                     (learner.prepare(batch), labels)
-                    for batch, labels in _batches(images, torch.arange(len(images)), self.batch_size, workers)
+                    for batch, labels in _batches(
+                        images, torch.arange(len(images), device="cpu"), self.batch_size, workers
+                    )
                 ]
             inputs, labels = (torch.cat(column) for column in zip(*parts, strict=True))
             self.prepared = inputs, labels
@@ -335,7 +337,7 @@ class _Batches:
 
 
 def _order(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=stream(seed, "order", epoch))
+    return torch.randperm(count, generator=stream(seed, "order", epoch), device="cpu")
 
 
 def _batches(images: Images, order: Tensor, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -77,7 +77,7 @@ class Adapter(Method):
         start = {}
         for name, value in model.named_parameters():
             if ".adapter." in name:
-                start[name] = torch.zeros(value.shape)
+                start[name] = torch.zeros(value.shape, dtype=torch.float32, device="cpu")
                 if self.init == "houlsby" and value.ndim == 2:
                     cut = 2 * HOULSBY_STD
                     nn.init.trunc_normal_(start[name], std=HOULSBY_STD, a=-cut, b=cut, generator=source)

@@ -22,7 +22,7 @@ from hgprompt.tuning.learner import HEAD, Learner, cross_entropies, linear_head
 from hgprompt.tuning.method import Method, Prepared, Setting
 from hgprompt.tuning.methods.start import prompt_size, sources
 from hgprompt.tuning.prompts import linear_logits
-from hgprompt.tuning.streams import stream
+from hgprompt.tuning.streams import stream, uniform_within
 
 HIDDEN = 100
 """Width of the attention's inner layer."""
@@ -135,11 +135,11 @@ def attention_start(width: int, seed: int) -> dict[str, Tensor]:
     generator = stream(seed, "attention")
 
     def linear(rows: int, columns: int) -> Tensor:
-        return (torch.rand(rows, columns, generator=generator) * 2 - 1) * columns**-0.5
+        return uniform_within(columns**-0.5, generator, rows, columns)
 
     return {
         "attention.down": linear(HIDDEN, width),
         "attention.up": linear(width, HIDDEN),
-        "attention.norm.weight": torch.ones(width),
-        "attention.norm.bias": torch.zeros(width),
+        "attention.norm.weight": torch.ones(width, dtype=torch.float32, device="cpu"),
+        "attention.norm.bias": torch.zeros(width, dtype=torch.float32, device="cpu"),
     }

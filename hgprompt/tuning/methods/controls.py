@@ -34,7 +34,7 @@ class Uniform(StartMethod):
 
     def start(self, setting: Setting, seed: int) -> tuple[Tensor, Cost, dict[str, object]]:
         pool = sources(setting)
-        return mixture(pool, torch.full((len(pool),), 1 / len(pool), dtype=torch.float64)), Cost(), {}
+        return mixture(pool, torch.full((len(pool),), 1 / len(pool), dtype=torch.float64, device="cpu")), Cost(), {}
 
 
 class FittedUniform(Uniform):
@@ -55,7 +55,7 @@ class RandomWeights(StartMethod):
         pool = sources(setting)
         generator = stream(seed, "weights")
         # Exponential variables, divided by their sum. 1 - u is never 0.
-        drawn = -torch.log(1 - torch.rand(len(pool), generator=generator, dtype=torch.float64))
+        drawn = -torch.log(1 - torch.rand(len(pool), generator=generator, dtype=torch.float64, device="cpu"))
         weights = drawn / drawn.sum()
         return mixture(pool, weights), Cost(), {"weights": named(pool, weights)}
 
@@ -74,14 +74,14 @@ class BestSingle(StartMethod):
 
     def start(self, setting: Setting, seed: int) -> tuple[Tensor, Cost, dict[str, object]]:
         pool, images = sources(setting), setting.train
-        order = torch.randperm(len(images), generator=stream(seed, "held out"))
+        order = torch.randperm(len(images), generator=stream(seed, "held out"), device="cpu")
         held_out = max(1, round(_HELD_OUT * len(images)))
         rest = images.subset(order[held_out:])
         configs = [brief_config(self.epochs, seed)] * len(pool)
         parameters = PromptLearner.start(setting.backbone, list(pool.values()), setting.num_classes, configs)
         learner = PromptLearner(setting.backbone, parameters, configs)
         trained = train(learner, configs, rest, images.subset(order[:held_out]), num_classes=setting.num_classes)
-        found = torch.tensor(trained.accuracies, dtype=torch.float64)
+        found = torch.tensor(trained.accuracies, dtype=torch.float64, device="cpu")
         best = pool.names[int(found.argmax())]
         cost = Cost(forward=held_out * len(pool), backward=self.epochs * len(rest) * len(pool))
         return pool[best], cost, {"source": best, "accuracies": named(pool, found)}
@@ -141,7 +141,7 @@ class CrossEntropyWeights(StartMethod):
         config = brief_config(self.epochs, seed)
         config = dataclasses.replace(config, lr=_WEIGHT_RATE * 256 / config.batch_size)
         own = {
-            "weights": torch.zeros(len(pool), device=vit.device, requires_grad=True),
+            "weights": torch.zeros(len(pool), dtype=torch.float32, device=vit.device, requires_grad=True),
             **linear_head(vit.width, setting.num_classes, seed, vit.device),
         }
         learner = WeightLearner(vit, pool.stack(), [own])

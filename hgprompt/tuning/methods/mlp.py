@@ -13,7 +13,7 @@ from hgprompt.tuning.config import TuneConfig
 from hgprompt.tuning.method import Method, Prepared, Setting
 from hgprompt.tuning.methods.linear import LinearLearner
 from hgprompt.tuning.network_learner import generator
-from hgprompt.tuning.streams import stream
+from hgprompt.tuning.streams import stream, uniform, uniform_within
 
 DROPOUT = 0.1
 EPSILON, MOMENTUM = 1e-5, 0.1  # nn.BatchNorm1d's
@@ -35,7 +35,7 @@ class MLPLearner(LinearLearner):
             {**own, **{k: v.to(device).requires_grad_() for k, v in self._start(config).items()}}
             for own, config in zip(self.parameters, configs, strict=True)
         ]
-        zero = torch.zeros(self.width, device=device)
+        zero = torch.zeros(self.width, dtype=torch.float32, device=device)
         self.buffers = [
             {
                 f"hidden.{i}.{name}": zero + start
@@ -76,17 +76,18 @@ class MLPLearner(LinearLearner):
         masks = []
         for seed in self.seeds:
             source = stream(seed, "dropout", step)
-            masks.append(torch.rand(self.hidden, images, self.width, generator=source) >= DROPOUT)
+            masks.append(uniform(source, self.hidden, images, self.width) >= DROPOUT)
         return torch.stack(masks).to(self.backbone.device, torch.float32) / (1 - DROPOUT)
 
     def _start(self, config: TuneConfig) -> dict[str, Tensor]:
         source, width = generator(config), self.width
         start = {}
         for i in range(self.hidden):
-            start[f"hidden.{i}.weight"] = torch.randn(width, width, generator=source) * (2 / width) ** 0.5
-            start[f"hidden.{i}.bias"] = (torch.rand(width, generator=source) * 2 - 1) * width**-0.5
-            start[f"hidden.{i}.norm.weight"] = torch.ones(width)
-            start[f"hidden.{i}.norm.bias"] = torch.zeros(width)
+            normal = torch.randn(width, width, generator=source, dtype=torch.float32, device="cpu")
+            start[f"hidden.{i}.weight"] = normal * (2 / width) ** 0.5
+            start[f"hidden.{i}.bias"] = uniform_within(width**-0.5, source, width)
+            start[f"hidden.{i}.norm.weight"] = torch.ones(width, dtype=torch.float32, device="cpu")
+            start[f"hidden.{i}.norm.bias"] = torch.zeros(width, dtype=torch.float32, device="cpu")
         return start
 
 

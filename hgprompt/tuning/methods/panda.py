@@ -62,7 +62,7 @@ def transferability(setting: Setting, source: Tensor, target: Tensor) -> float:
     """max(0, cosine of the mean shifts of the feature over the training images), of two prompts."""
     vit = setting.backbone
     both = torch.stack([source, target.to(source)])
-    shifts = torch.zeros(2, vit.width, dtype=torch.float64)
+    shifts = torch.zeros(2, vit.width, dtype=torch.float64, device="cpu")
     with torch.no_grad():
         for images, _ in setting.train.batches(_BATCH):
             shifts += (encode(vit, both, images).double() - vit(images).double()).sum(1).cpu()

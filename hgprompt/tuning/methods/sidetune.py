@@ -38,7 +38,7 @@ class SideNetwork(nn.Module):
             layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.GroupNorm(8, after), nn.ReLU()]
         layers += [nn.AdaptiveAvgPool2d(GRID), nn.Flatten(), nn.Linear(CHANNELS[-1] * GRID**2, width, bias=False)]
         self.side = nn.Sequential(*layers)
-        self.mix = nn.Parameter(torch.zeros(()))
+        self.mix = nn.Parameter(torch.zeros((), dtype=torch.float32, device="cpu"))
 
     def forward(self, inputs: Tensor) -> Tensor:
         features, images = inputs[:, : self.width], inputs[:, self.width :].unflatten(1, self.image_shape)

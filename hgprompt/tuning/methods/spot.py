@@ -58,5 +58,5 @@ def top_weights(similar: Tensor, top: int) -> Tensor:
     chosen = similar.argsort(descending=True, stable=True)[:top]
     kept = similar[chosen].clamp_min(0)
     if top == 1 or kept.sum() == 0:
-        chosen, kept = chosen[:1], torch.ones(1, dtype=similar.dtype)
+        chosen, kept = chosen[:1], torch.ones(1, dtype=similar.dtype, device="cpu")
     return torch.zeros_like(similar).index_copy(0, chosen, kept / kept.sum())
