@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
+from hgprompt.arguments import check_place
 from hgprompt.errors import BackboneError, DataError
 from hgprompt.kernels.mlp import Activation
 from hgprompt.kernels.norm import NormKind
@@ -191,7 +192,9 @@ class FrozenViT(nn.Module):
         Raises:
             BackboneError: the model is of a kind that the encoder does not compute (the message names the part
                 and the reason), or its weights could not be had.
+            OptionError: a device that there is not, or a dtype that is none.
         """
+        check_place(device, dtype)
         name = None
         if isinstance(model_or_name, str):
             # timm's tag says which pretrained weights; with other weights it would be wrong.

@@ -30,7 +30,7 @@ class FiniteCheck:
             self._require(finite, position)
             return
         with torch.cuda.device(features.device):
-            host = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
+            host = torch.empty(finite.shape, dtype=torch.bool, device="cpu", pin_memory=True)
             host.copy_(finite, non_blocking=True)
             event = torch.cuda.Event()
             event.record()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hgprompt.arguments import check_place
 from hgprompt.backbone import FrozenViT, create_model
 from hgprompt.errors import BackboneError
 from hgprompt.files import read_safetensors
@@ -40,8 +41,10 @@ def load_backbone(
         checkpoint, timm_options: as for `FrozenViT.from_timm`; the mini backbone takes `img_size` alone.
 
     Raises:
-        BackboneError: no such model, or its weights could not be had.
+        BackboneError: no such model, or its weights could not be had. OptionError: a device that there is not, or a
+            dtype that is none.
     """
+    check_place(device, dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name != MINI:
         return FrozenViT.from_timm(name, dtype=dtype, device=device, checkpoint=checkpoint, **timm_options)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hgprompt import operations
+from hgprompt.arguments import real, whole
 from hgprompt.backbone import FrozenViT
 from hgprompt.checkpoint import PassCheckpoint, identity_of
 from hgprompt.distributed import Ranks
@@ -25,7 +26,6 @@ from hgprompt.encoder import Impl, MicroBatch
 from hgprompt.errors import DataError, HGPromptWarning, OptionError
 from hgprompt.inputs import Prompts, digest, gpu_of, num_batches, resolve
 from hgprompt.kernels.gram import grams, grams_reference
-from hgprompt.numbers import real, whole
 from hgprompt.objective import Shrinkage
 from hgprompt.one_pass import READING, Pass
 from hgprompt.optimize import Solution, Solver, WeightProblem, check_options, jackknife_std

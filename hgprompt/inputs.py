@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from hgprompt.arguments import check_place
 from hgprompt.backbone import FrozenViT
 from hgprompt.batch_checks import check_labels
 from hgprompt.bundled import load_backbone
 from hgprompt.distributed import Ranks
 from hgprompt.encoder import check_prompts
-from hgprompt.errors import BackboneError, DataError, DistributedError, HGPromptError, OptionError, of_a_worker
+from hgprompt.errors import BackboneError, DataError, DistributedError, HGPromptError, of_a_worker
 from hgprompt.pool import PromptPool
 from hgprompt.workers import end_workers, failure_in_words
 
@@ -31,14 +32,7 @@ def resolve(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> tuple[PromptPool, Tensor, FrozenViT]:
-    if dtype is not None and not dtype.is_floating_point:
-        raise OptionError(f"dtype must be a floating point dtype, got {dtype}")
-    if device is not None:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, TypeError) as error:  # no name of a device, or none that is here
-            reason = (str(error).splitlines() or [""])[0]
-            raise OptionError(f"device {device!r} cannot be used: {reason}") from error
+    check_place(device, dtype)
     pool = prompts if isinstance(prompts, PromptPool) else PromptPool(prompts)
     if backbone is None:
         if pool.backbone is None:
@@ -204,7 +198,7 @@ def num_batches(loader: Iterable[Any]) -> int | None:
     """How many batches a loader has; None where it does not say."""
     try:
         return len(loader)  # type: ignore[arg-type]
-    except TypeError:
+    except (TypeError, NotImplementedError):  # Lightning's and torchdata's way to have no length
         return None
 
 

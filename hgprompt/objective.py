@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hgprompt.arguments import is_floating, kind_of
 from hgprompt.batch_checks import check_labels
 from hgprompt.errors import DataError, OptionError, PromptError
 from hgprompt.kernels.gram import gram, gram_reference
@@ -58,8 +59,8 @@ def h_score(features: Tensor, labels: Tensor, *, shrinkage: Shrinkage = "auto") 
     Raises:
         DataError: fewer than two classes, labels that are no class indices, features not finite or constant.
     """
-    if features.ndim != 2 or not features.is_floating_point():
-        raise DataError(f"features must be floating point [N, h], got {list(features.shape)} {features.dtype}")
+    if not is_floating(features, 2) or not features.numel():
+        raise DataError(f"features must be floating point [N, h] and not empty, got {kind_of(features)}")
     labels = check_labels(labels, len(features))
     if len(labels.unique()) < 2:
         raise DataError(f"an H-score needs at least two classes, got {len(labels.unique())} in {len(labels)} images")
@@ -102,10 +103,12 @@ def alignment_loss(gradients: Tensor, weights: Tensor) -> Tensor:
         [] float64, in [0, 2]; differentiable in both.
 
     Raises:
-        OptionError: weights of another number. PromptError: every gradient is zero. DataError: one is not finite.
+        OptionError: weights of another number. PromptError: every gradient is zero. DataError: gradients of another
+            shape, or one that is not finite.
     """
-    if len(gradients) != len(weights) or weights.ndim != 1:
-        raise OptionError(f"{len(gradients)} gradients need weights [{len(gradients)}], got {list(weights.shape)}")
+    _check_gradients(gradients)
+    if not is_floating(weights, 1) or len(gradients) != len(weights):
+        raise OptionError(f"{len(gradients)} gradients need weights [{len(gradients)}], got {kind_of(weights)}")
     g = gradients.double().flatten(1)
     norms = g.norm(dim=1)
     if not bool(norms.isfinite().all()):
@@ -120,8 +123,18 @@ def alignment_loss(gradients: Tensor, weights: Tensor) -> Tensor:
 
 
 def gram_of(gradients: Tensor) -> Tensor:
-    """Gram matrix K [M, M] (float64) of the normalised gradients [M, ...]; zero rows for zero gradients."""
+    """Gram matrix K [M, M] (float64) of the normalised gradients [M, ...]; zero rows for zero gradients.
+
+    Raises:
+        DataError: gradients that are not floating point [M, ...].
+    """
+    _check_gradients(gradients)
     return (gram if gradients.is_cuda else gram_reference)(gradients)
+
+
+def _check_gradients(gradients: Tensor) -> None:
+    if not isinstance(gradients, Tensor) or not gradients.is_floating_point() or gradients.ndim < 2:
+        raise DataError(f"gradients must be floating point [M, ...], got {kind_of(gradients)}")
 
 
 def unit_gradients(gradients: Tensor) -> Tensor:

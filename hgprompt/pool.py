@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hgprompt.arguments import kind_of
 from hgprompt.errors import FileFormatError, HGPromptWarning, PromptError
 
 if TYPE_CHECKING:
@@ -331,7 +332,7 @@ def check_name(name: Any) -> None:
 def _checked(name: Any, prompt: Any) -> Tensor:
     check_name(name)
     if not isinstance(prompt, Tensor) or not prompt.is_floating_point() or prompt.ndim not in (2, 3):
-        found = f"{list(prompt.shape)} {prompt.dtype}" if isinstance(prompt, Tensor) else type(prompt).__name__
+        found = kind_of(prompt)
         raise PromptError(f"prompt {name!r} must be a floating tensor [p, d] or, if deep, [L, p, d]; got {found}")
     if prompt.numel() == 0:
         raise PromptError(f"prompt {name!r} is empty: {list(prompt.shape)}")

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hgprompt.arguments import is_floating, kind_of
 from hgprompt.batch_checks import FiniteCheck, check_labels
 from hgprompt.distributed import Ranks, default_group
 from hgprompt.errors import DataError, OptionError, StatisticsError
@@ -140,10 +141,8 @@ class EnsembleStatistics:
             StatisticsError: the shape differs from that of earlier batches, or neither representation has room.
             DataError: labels that are no class indices, or features that are not finite.
         """
-        if features.ndim != 3 or not features.is_floating_point():
-            raise StatisticsError(
-                f"features must be floating point [M, B, h], got {list(features.shape)} {features.dtype}"
-            )
+        if not is_floating(features, 3):
+            raise StatisticsError(f"features must be floating point [M, B, h], got {kind_of(features)}")
         labels = check_labels(labels, features.shape[1])
         shape = features.shape[0], features.shape[2]
         before = self._shape, self._dtype
@@ -401,13 +400,13 @@ class EnsembleStatistics:
         """
         from hgprompt.objective import HScore
 
-        weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
+        weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
         if weights.shape != (self.num_prompts,):
             raise OptionError(f"weights must be [{self.num_prompts}], got {list(weights.shape)}")
         largest = weights.abs().max()
         if not 0 < float(largest) < math.inf:
             raise OptionError(f"weights must be finite and not all 0, got {weights.tolist()[:8]}")
-        return HScore(self, shrinkage=shrinkage)((weights / largest).cpu().numpy())[0]
+        return HScore(self, shrinkage=shrinkage)((weights / largest).numpy())[0]
 
     def features_and_labels(self, without_fold: int | None = None) -> tuple[Tensor, Tensor]:
         """Kept features [M, N, h] in their dtype and labels [N], optionally without one fold.

@@ -258,4 +258,4 @@ def _addresses(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:
     begin = rows[0].data_ptr()
     distances = [(row.data_ptr() - begin) // 8 for row in rows]
     unit = 1 if any(d % 2 for d in distances) else 2
-    return rows[0], copied(torch.tensor([d // unit for d in distances]), rows[0].device), unit
+    return rows[0], copied(torch.tensor([d // unit for d in distances], device="cpu"), rows[0].device), unit

@@ -10,8 +10,9 @@ import timm
 import torch
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 
+from hgprompt import load_backbone
 from hgprompt.backbone import FrozenViT, fingerprint
-from hgprompt.errors import BackboneError, DataError
+from hgprompt.errors import BackboneError, DataError, OptionError
 
 # (name, options): augreg, DeiT-3 (no_embed_class, LayerScale), DINOv2 with and without registers, SwiGLU, CLIP
 # (pre-norm, both GELUs), SigLIP (attention pooling, tanh GELU), average pooling, QK-norm, other patches and sizes.
@@ -168,6 +169,18 @@ def test_unknown_name_and_missing_weights():
         FrozenViT.from_timm("vit_bse_patch16_224")
     with pytest.raises(BackboneError, match="go with a model name"):
         FrozenViT.from_timm(literal.tiny_vit(), img_size=32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"device": "gpu"}, {"device": "cuda:99"}, {"device": 1.5}, {"dtype": "float32"}, {"dtype": torch.int8}],
+    ids=str,
+)
+def test_devices_and_dtypes_that_are_none(options):
+    (name,) = options
+    for make in (lambda: FrozenViT.from_timm(literal.tiny_vit(), **options), lambda: load_backbone("mini", **options)):
+        with pytest.raises(OptionError, match=name):
+            make()
 
 
 @pytest.mark.parametrize(

@@ -175,3 +175,14 @@ def test_our_own_loader_has_a_timeout(tmp_path):
     on_disk = ImageDataset(task.samples, (8, 8))
     for share in ((0, 1), (1, 2)):  # of the command line, alone and under torchrun
         assert batches(on_disk, 4, seed=0, share=share).timeout == 300
+
+
+def test_a_loader_that_refuses_to_say_its_length():
+    class Endless(list):
+        def __len__(self):
+            raise NotImplementedError("an IterableDataset has no length")
+
+    batches = list(DataLoader(Images(), BATCH))
+    prompts, model = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(0)), literal.tiny_vit()
+    expected = fast_ensemble(prompts, batches, backbone=model)
+    assert torch.equal(fast_ensemble(prompts, Endless(batches), backbone=model).weights, expected.weights)

@@ -174,6 +174,24 @@ def test_bad_h_score_input(labels, shrinkage, error):
         h_score(data(30, 1, 4, 3)[0][0], labels, shrinkage=shrinkage)
 
 
+@pytest.mark.parametrize(
+    ("features", "found"),
+    [(torch.zeros(30, 0), r"\[30, 0\]"), (torch.zeros(30), r"\[30\]"), (torch.zeros(30, 4).int(), r"\[30, 4\] torch.int32"),
+     (torch.zeros(30, 4).numpy(), "ndarray"), (None, "NoneType")],
+    ids=["no width", "one-dimensional", "integers", "NumPy", "none"],
+)  # fmt: skip
+def test_features_that_are_none(features, found):
+    with pytest.raises(DataError, match=rf"\[N, h\] and not empty, got {found}"):
+        h_score(features, torch.arange(30) % 3)
+
+
+@pytest.mark.parametrize("gradients", [torch.ones(3), torch.ones(3, 4).int(), torch.ones(3, 4).numpy()])
+def test_gradients_that_are_none(gradients):
+    for work in (gram_of, lambda g: alignment_loss(g, torch.ones(3))):
+        with pytest.raises(DataError, match=r"floating point \[M, \.\.\.\]"):
+            work(gradients)
+
+
 def test_h_score_is_differentiable():
     features, labels = data(12, 1, 3, 3)
     features = features[0].requires_grad_()

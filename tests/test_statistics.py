@@ -169,6 +169,7 @@ def test_moments_of_one_prompt_and_of_the_mixture():
     ("features", "labels", "error", "message"),
     [
         (torch.zeros(3, 4), torch.zeros(4, dtype=torch.int64), StatisticsError, r"\[M, B, h\]"),
+        (torch.zeros(3, 4, 5).numpy(), torch.zeros(4, dtype=torch.int64), StatisticsError, "ndarray"),
         (torch.zeros(3, 4, 5), torch.zeros(4), DataError, "integer"),
         (torch.zeros(3, 4, 5), torch.zeros(4, dtype=torch.bool), DataError, "integer"),
         (torch.zeros(3, 4, 5), torch.zeros(3, dtype=torch.int64), DataError, r"\[4\]"),

@@ -30,6 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from hgprompt import simplex
+from hgprompt.arguments import kind_of
 from hgprompt.errors import DataError, OptionError, PromptError
 from hgprompt.moments import class_sums
 from hgprompt.objective import cosine_loss, gram_of, unit_gradients
@@ -466,9 +467,7 @@ def _flat(gradients: Tensor, leading: int) -> Tensor:
     """[..., D] in float64: `leading` dimensions are kept, what follows is flattened."""
     if gradients.ndim <= leading or not gradients.is_floating_point() or not gradients.numel():
         shape = ", ".join([*("n", "M")[2 - leading :], "..."])
-        raise OptionError(
-            f"gradients must be floating point [{shape}] and not empty, got {list(gradients.shape)} {gradients.dtype}"
-        )
+        raise OptionError(f"gradients must be floating point [{shape}] and not empty, got {kind_of(gradients)}")
     if not bool(gradients.isfinite().all()):
         raise DataError("gradients are not finite: look for overflow in the head or the compute dtype")
     return gradients.detach().double().flatten(leading)

@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor
 
+from hgprompt.arguments import is_floating, kind_of
 from hgprompt.batch_checks import check_labels
 from hgprompt.errors import DataError, OptionError
 from hgprompt.moments import class_sums
@@ -144,8 +145,10 @@ def leep(probabilities: Tensor, labels: Tensor) -> float:
     Raises:
         DataError: rows that are no probabilities, labels that are no class indices.
     """
+    if not is_floating(probabilities, 2):
+        raise DataError(f"probabilities must be floating point [N, Z], got {kind_of(probabilities)}")
     theta = probabilities.detach().double()
-    if theta.ndim != 2 or not bool(theta.isfinite().all()) or bool((theta < 0).any()):
+    if not bool(theta.isfinite().all()) or bool((theta < 0).any()):
         raise DataError(f"probabilities must be [N, Z], finite and not negative, got {list(theta.shape)}")
     if len(theta) == 0 or bool(((theta.sum(1) - 1).abs() > 1e-3).any()):
         raise DataError("every row of probabilities must sum to 1: apply softmax to logits")
@@ -182,8 +185,8 @@ def nce(source_labels: Tensor, labels: Tensor) -> float:
 
 def _checked(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Centred features in float64, class of each image 0 … C-1, images per class."""
-    if features.ndim != 2 or not features.is_floating_point():
-        raise DataError(f"features must be floating point [N, h], got {list(features.shape)} {features.dtype}")
+    if not is_floating(features, 2) or not features.numel():
+        raise DataError(f"features must be floating point [N, h] and not empty, got {kind_of(features)}")
     f = features.detach().double()
     if not bool(f.isfinite().all()):
         raise DataError("features hold NaN or infinity")

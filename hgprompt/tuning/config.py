@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hgprompt.arguments import real, whole
 from hgprompt.errors import OptionError
-from hgprompt.numbers import real, whole
 
 MAX_RATE = 1e6
 """Of learning rates and weight decay: beyond, float32 overflows in a step."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hgprompt.errors import FileFormatError, HGPromptError
+from hgprompt.errors import FileFormatError, HGPromptError, OptionError
 from hgprompt.pool import BackboneInfo
 from hgprompt.result import is_number
 from hgprompt.tuning.config import TuneConfig
@@ -46,13 +46,18 @@ class TuneResult:
     seconds: float
 
     def prompt(self, name: str) -> Tensor:
-        """[p, d] (deep: [L, p, d]) of one run."""
-        return self.prompts[self.names.index(name)]
+        """[p, d] (deep: [L, p, d]) of one run; OptionError for a name that none has."""
+        return self.prompts[self._index(name)]
 
     def accuracy(self, name: str) -> float:
         """On the test images after the last epoch; NaN where there were none."""
         last: list[float] = self.history[-1].get("test_accuracy", [float("nan")] * len(self.names))
-        return last[self.names.index(name)]
+        return last[self._index(name)]
+
+    def _index(self, name: str) -> int:
+        if name not in self.names:
+            raise OptionError(f"no run is called {name!r}; there are {list(self.names)}")
+        return self.names.index(name)
 
     def save(self, directory: str | Path) -> tuple[Path, Path]:
         """Write `tuned.safetensors` (all of it) and `history.json` (the record, to read); the files' paths.

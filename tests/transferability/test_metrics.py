@@ -137,6 +137,8 @@ def test_bad_features(metric):
     features, labels = _data()
     for bad, message in (
         (features[0], r"\[N, h\]"),
+        (features[:, :0], "not empty"),
+        (features.numpy(), "ndarray"),
         (features.long(), "floating"),
         (features * float("nan"), "NaN"),
         (torch.ones(30, 5), "constant"),
@@ -151,7 +153,13 @@ def test_bad_features(metric):
 
 def test_bad_probabilities_and_options():
     theta, labels = _probabilities()
-    for bad, message in ((theta * 2, "sum to 1"), (-theta, "negative"), (theta[0], r"\[N, Z\]"), (theta[:0], "sum to")):
+    for bad, message in (
+        (theta * 2, "sum to 1"),
+        (-theta, "negative"),
+        (theta[0], r"\[N, Z\]"),
+        (theta.long(), "int64"),
+        (theta[:0], "sum to"),
+    ):
         with pytest.raises(DataError, match=message):
             tr.leep(bad, labels[: len(bad)] if bad.ndim == 2 else labels)
     features, y = _data()

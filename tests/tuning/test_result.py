@@ -12,7 +12,7 @@ import torch
 
 from hgprompt import FrozenViT, OutputError
 from hgprompt.data import LabelledImages
-from hgprompt.errors import FileFormatError
+from hgprompt.errors import FileFormatError, OptionError
 from hgprompt.files import read_safetensors, write_safetensors
 from hgprompt.plots import plot_tuning
 from hgprompt.tuning import TuneConfig, TuneResult, random_prompt, tune
@@ -38,6 +38,9 @@ def test_round_trip(result, tmp_path):
     assert json.loads(files[1].read_text())["class_names"] == ["owl", "wren"]
     assert again.accuracy("b") == result.history[-1]["test_accuracy"][1]
     assert torch.equal(again.prompt("b"), result.prompts[1])
+    for ask in (again.prompt, again.accuracy):
+        with pytest.raises(OptionError, match="no run is called 'c'"):
+            ask("c")
     # How long it took is no part of the files: a run that was interrupted writes what an undisturbed one does.
     assert math.isnan(again.seconds)
     dataclasses.replace(result, seconds=1e9).save(tmp_path / "slower")
