@@ -92,8 +92,8 @@ class PackedBlock(nn.Module):
         self.attn_norm = _optional_norm(getattr(attn, "norm", nn.Identity()), f"{where}.attn.norm")
         self.mlp_norm = _optional_norm(getattr(block.mlp, "norm", nn.Identity()), f"{where}.mlp.norm")
 
-        qkv = _fold_norm(block.norm1, *_linear(attn.qkv))
-        proj = _fold_scale(block.ls1, *_linear(attn.proj), where=f"{where}.ls1")
+        qkv = _fold_norm(block.norm1, *_linear(attn.qkv, f"{where}.attn.qkv"))
+        proj = _fold_scale(block.ls1, *_linear(attn.proj, f"{where}.attn.proj"), where=f"{where}.ls1")
         fc1, fc2, activation, self.gated = _mlp_weights(block.mlp, f"{where}.mlp")
         fc1 = _fold_norm(block.norm2, *fc1)
         if activation == "quick_gelu":
@@ -374,6 +374,12 @@ def _require_supported(model: nn.Module) -> None:
         _refuse(type(model).__name__, "it has no fixed image size; make it with img_size=...")
     if len(model.blocks) == 0:
         _refuse(type(model).__name__, "it has no blocks")
+    for name, module in model.named_modules():
+        # The encoder takes the weights and computes what the class would: what was put around that would be lost.
+        if "forward" in vars(module):
+            _refuse(name or type(model).__name__, "its forward() has been replaced")
+        if module._forward_hooks or module._forward_pre_hooks:
+            _refuse(name or type(model).__name__, "it has forward hooks, which the encoder does not call: remove them")
 
 
 def _require_class(module: nn.Module, expected: str, where: str) -> None:
@@ -385,9 +391,16 @@ def _require_class(module: nn.Module, expected: str, where: str) -> None:
         _refuse(where, f"{type(module).__name__} is not timm's {expected}")
 
 
+def _require_own_forward_of_a_library(module: nn.Module, where: str) -> None:
+    """Refuse a subclass from elsewhere that computes something of its own, low-rank updates for example."""
+    if not type(module).forward.__module__.startswith(("torch.nn.", "timm.")):
+        _refuse(where, f"{type(module).__name__} computes its own forward()")
+
+
 def _norm_spec(norm: nn.Module, where: str) -> NormSpec:
     from timm.layers import RmsNorm
 
+    _require_own_forward_of_a_library(norm, where)
     if isinstance(norm, nn.LayerNorm):
         return NormSpec("layer", norm.eps)
     if isinstance(norm, (RmsNorm, nn.RMSNorm)):
@@ -400,7 +413,11 @@ def _optional_norm(norm: nn.Module, where: str) -> PackedNorm | None:
     return None if isinstance(norm, nn.Identity) else PackedNorm(norm, where)
 
 
-def _linear(layer: nn.Linear) -> _Linear:
+def _linear(layer: nn.Module, where: str) -> _Linear:
+    """Weight and bias in float64."""
+    if not isinstance(layer, nn.Linear):
+        _refuse(where, f"{type(layer).__name__} is not Linear; merge adapters into the weights first")
+    _require_own_forward_of_a_library(layer, where)
     bias = None if layer.bias is None else layer.bias.detach().double()
     return layer.weight.detach().double(), bias
 
@@ -416,12 +433,13 @@ def _fold_norm(norm: nn.Module, weight: Tensor, bias: Tensor | None) -> _Linear:
 
 
 def _fold_scale(layer_scale: nn.Module, weight: Tensor, bias: Tensor | None, where: str) -> _Linear:
+    from timm.layers import LayerScale
+
     if isinstance(layer_scale, nn.Identity):
         return weight, bias
-    gamma = getattr(layer_scale, "gamma", None)
-    if not isinstance(gamma, Tensor):
-        _refuse(where, f"{type(layer_scale).__name__} is not LayerScale")
-    gamma = gamma.detach().double()
+    if not isinstance(layer_scale, LayerScale) or _overrides(layer_scale, LayerScale, ("forward",)):
+        _refuse(where, f"{type(layer_scale).__name__} is not timm's LayerScale")
+    gamma = layer_scale.gamma.detach().double()
     return weight * gamma[:, None], None if bias is None else bias * gamma
 
 
@@ -429,23 +447,24 @@ def _mlp_weights(mlp: Any, where: str) -> tuple[_Linear, _Linear, Any, bool]:
     """Both linear layers, the activation, and whether the first is gated (gate rows first)."""
     from timm.layers import GluMlp, Mlp, SwiGLU
 
-    activation = _ACTIVATIONS.get(type(getattr(mlp, "act", None)).__name__)
-    if activation is None:
-        _refuse(f"{where}.act", f"activation {type(getattr(mlp, 'act', None)).__name__} is not known")
+    kind = type(getattr(mlp, "act", None))
+    activation = _ACTIVATIONS.get(kind.__name__)
+    if activation is None or not kind.__module__.startswith(("torch.nn.", "timm.")):
+        _refuse(f"{where}.act", f"activation {kind.__name__} is none of {', '.join(_ACTIVATIONS)} of torch and timm")
     if activation == "gelu" and getattr(mlp.act, "approximate", "none") == "tanh":
         activation = "gelu_tanh"
     if isinstance(mlp, SwiGLU) and not _overrides(mlp, SwiGLU, ("forward",)):
-        gate, value = _linear(mlp.fc1_g), _linear(mlp.fc1_x)
+        gate, value = _linear(mlp.fc1_g, f"{where}.fc1_g"), _linear(mlp.fc1_x, f"{where}.fc1_x")
     elif isinstance(mlp, GluMlp) and not _overrides(mlp, GluMlp, ("forward",)):
-        weight, bias = _linear(mlp.fc1)
+        weight, bias = _linear(mlp.fc1, f"{where}.fc1")
         halves = list(zip(weight.chunk(2), (None, None) if bias is None else bias.chunk(2), strict=True))
         value, gate = halves if mlp.gate_last else halves[::-1]
     elif isinstance(mlp, Mlp) and not _overrides(mlp, Mlp, ("forward",)):
-        return _linear(mlp.fc1), _linear(mlp.fc2), activation, False
+        return _linear(mlp.fc1, f"{where}.fc1"), _linear(mlp.fc2, f"{where}.fc2"), activation, False
     else:
         _refuse(where, f"{type(mlp).__name__} is none of timm's Mlp, GluMlp, SwiGLU")
     bias = None if gate[1] is None or value[1] is None else torch.cat([gate[1], value[1]])
-    return (torch.cat([gate[0], value[0]]), bias), _linear(mlp.fc2), activation, True
+    return (torch.cat([gate[0], value[0]]), bias), _linear(mlp.fc2, f"{where}.fc2"), activation, True
 
 
 def _position(model: Any) -> _Linear:

@@ -140,6 +140,61 @@ class _OwnForward(VisionTransformer):
         return x
 
 
+class _LowRank(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + x.sum(-1, keepdim=True)
+
+
+class _Adapter(torch.nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+
+    def forward(self, x):
+        return self.base(x) + x.sum(-1, keepdim=True)
+
+
+class _Norm(torch.nn.LayerNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class _Scale(torch.nn.Module):
+    gamma = torch.ones(16)
+
+    def forward(self, x):
+        return -x
+
+
+def _with(change):
+    def make():
+        model = literal.tiny_vit()
+        change(model.blocks[1])
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda b: setattr(b.attn, "qkv", _LowRank(16, 48)), r"blocks\.1\.attn\.qkv.*_LowRank.*its own forward"),
+        (lambda b: setattr(b.attn, "qkv", _Adapter(b.attn.qkv)), r"blocks\.1\.attn\.qkv.*_Adapter is not Linear"),
+        (lambda b: setattr(b.mlp, "fc2", _LowRank(64, 16)), r"blocks\.1\.mlp\.fc2"),
+        (lambda b: setattr(b, "norm2", _Norm(16)), r"blocks\.1\.norm2.*its own forward"),
+        (lambda b: setattr(b, "ls1", _Scale()), r"blocks\.1\.ls1.*LayerScale"),
+        (lambda b: setattr(b.mlp, "act", type("GELU", (torch.nn.ReLU,), {})()), r"blocks\.1\.mlp\.act"),
+        (lambda b: setattr(b, "forward", lambda x, **_: x), r"blocks\.1.*replaced"),
+        (lambda b: b.mlp.register_forward_hook(lambda *a: None), r"blocks\.1\.mlp.*hooks"),
+        (lambda b: b.attn.register_forward_pre_hook(lambda *a: None), r"blocks\.1\.attn.*hooks"),
+    ],
+    ids=["low rank", "adapter", "fc2", "norm", "scale", "activation", "forward", "hook", "pre-hook"],
+)
+def test_models_that_were_changed_are_refused(change, reason):
+    with pytest.raises(BackboneError, match=reason):
+        FrozenViT.from_timm(_with(change)())
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [

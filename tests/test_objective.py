@@ -176,7 +176,7 @@ def test_bad_h_score_input(labels, shrinkage, error):
 
 @pytest.mark.parametrize(
     ("features", "found"),
-    [(torch.zeros(30, 0), r"\[30, 0\]"), (torch.zeros(30), r"\[30\]"), (torch.zeros(30, 4).int(), r"\[30, 4\] torch.int32"),
+    [(torch.zeros(30, 0), r"\[30, 0\]"), (torch.zeros(30), r"\[30\]"), (torch.zeros(30, 4).int(), ".* torch.int32"),
      (torch.zeros(30, 4).numpy(), "ndarray"), (None, "NoneType")],
     ids=["no width", "one-dimensional", "integers", "NumPy", "none"],
 )  # fmt: skip
