@@ -67,7 +67,8 @@ def log_me(features: Tensor, labels: Tensor, *, tolerance: float = 1e-10, max_st
     f = features.detach().to(centred)
     n, h = f.shape
     u, singular, _ = torch.linalg.svd(f, full_matrices=False)
-    squares = singular.square()
+    # The evidence knows no scale, and so must what the fixed point starts from; a power of two changes no digit.
+    squares = (singular / 2.0 ** math.frexp(float(singular[0]))[1]).square()
     evidences = []
     for c in range(len(counts)):
         y = (index == c).to(f)
@@ -86,7 +87,8 @@ def _evidence(along: Tensor, length: float, squares: Tensor, n: int, h: int, tol
         size = float((along * shrunk.square() / squares.clamp_min(1e-300)).sum())  # ‖m‖²
         residual = float((along * (1 - shrunk).square()).sum()) + outside  # ‖Fm - y‖²
         alpha = gamma / max(size, 1e-300)
-        beta = (n - gamma) / max(residual, 1e-12 * length)  # an exact fit would make β infinite
+        free = n - len(squares) + float((1 - shrunk).sum())  # N - γ, also where γ rounds to N
+        beta = free / max(residual, 1e-12 * length)  # an exact fit would make β infinite
         new = alpha / beta
         done = abs(new - ratio) <= tolerance * ratio
         ratio = new
@@ -123,10 +125,8 @@ def transrate(features: Tensor, labels: Tensor, *, eps: float = 1e-4) -> float:
 
 
 def _coding_rate(f: Tensor, eps: float) -> float:
-    """1/2 log |I + FᵀF / (N ε)|, by the smaller of the two Gram matrices."""
-    gram = f.T @ f if f.shape[0] > f.shape[1] else f @ f.T
-    scaled = torch.eye(len(gram), dtype=f.dtype, device=f.device) + gram / (len(f) * eps)
-    return float(torch.linalg.cholesky(scaled).diagonal().log().sum())
+    """1/2 log |I + FᵀF / (N ε)|, by the singular values of F."""
+    return 0.5 * float((torch.linalg.svdvals(f).square() / (len(f) * eps)).log1p().sum())
 
 
 def leep(probabilities: Tensor, labels: Tensor) -> float:
@@ -137,7 +137,8 @@ def leep(probabilities: Tensor, labels: Tensor) -> float:
     A source class that no image was given any probability of is left out: P(y | z) would be 0/0.
 
     Args:
-        probabilities: θ(x_i), [N, Z], rows that sum to 1 (within 1e-3). labels: [N], integers.
+        probabilities: θ(x_i), [N, Z], rows that sum to 1 (within 1e-3, or the rounding of their dtype).
+        labels: [N], integers.
 
     Returns:
         At most 0.
@@ -150,8 +151,10 @@ def leep(probabilities: Tensor, labels: Tensor) -> float:
     theta = probabilities.detach().double()
     if not bool(theta.isfinite().all()) or bool((theta < 0).any()):
         raise DataError(f"probabilities must be [N, Z], finite and not negative, got {list(theta.shape)}")
-    if len(theta) == 0 or bool(((theta.sum(1) - 1).abs() > 1e-3).any()):
+    total = theta.sum(1, keepdim=True)
+    if len(theta) == 0 or bool(((total - 1).abs() > max(1e-3, 4 * torch.finfo(probabilities.dtype).eps)).any()):
         raise DataError("every row of probabilities must sum to 1: apply softmax to logits")
+    theta = theta / total  # which a softmax in bfloat16 misses by its rounding
     index, counts = _index(labels, theta)
     joint = class_sums(theta[None], index, len(counts))[0]
     known = joint.sum(0) > 0
