@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import time
-import warnings
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from hgprompt.backbone import FrozenViT
-from hgprompt.errors import DataError, FileFormatError, HGPromptWarning, OptionError, OutputError
+from hgprompt.errors import DataError, FileFormatError, OptionError, OutputError, warn
 from hgprompt.files import (
     MAX_FILE_BYTES,
     bytes_of,
@@ -138,7 +137,7 @@ class PassCheckpoint:
             self._written = len(self._records)
         except OutputError as error:
             if not self._warned:
-                warnings.warn(f"no checkpoint could be written, the pass goes on: {error}", HGPromptWarning, 3)
+                warn(f"no checkpoint could be written, the pass goes on: {error}")
             self._warned = True
         self._last = self._clock()
         self._seconds_per_byte = (self._last - begin) / size_of(gathering)

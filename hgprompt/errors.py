@@ -6,6 +6,11 @@ can tell them from its own; most also derive from the built-in exception a reade
 
 from __future__ import annotations
 
+import sys
+import warnings
+
+_NOT_THE_CALLER = ("hgprompt", "torch", "contextlib")
+
 
 class HGPromptError(Exception):
     """Base class of all errors that hgprompt raises on purpose."""
@@ -57,3 +62,11 @@ def of_a_worker(error: HGPromptError) -> HGPromptError:
 
 class HGPromptWarning(UserWarning):
     """Something that the caller should know about, although the call goes on."""
+
+
+def warn(message: str) -> None:
+    """An HGPromptWarning that names the line of the caller's program: by which Python shows it once per place."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, HGPromptWarning, stacklevel=level)

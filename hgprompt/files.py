@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import secrets
 import stat
 import struct
 import tempfile
@@ -265,7 +266,10 @@ def remove_temporaries(path: Path) -> None:
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A temporary file beside `path` that takes its place once the block has ended well."""
     try:
-        descriptor, name = tempfile.mkstemp(prefix=_temporary(path), suffix=_SUFFIX, dir=path.parent)
+        name = path.with_name(f"{_temporary(path)}{secrets.token_hex(8)}{_SUFFIX}")
+        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except ValueError as error:  # a name with a NUL, or with half of a surrogate pair
+        raise OutputError(f"cannot write {str(path)!r:.200}: it names no file ({error})") from error
     except OSError as error:
         hint = "" if path.parent.is_dir() else f" ({path.parent} is no directory)"
         raise OutputError(f"cannot write {path}: {error.strerror or error}{hint}; choose another place") from error
@@ -274,9 +278,6 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes private files
         os.replace(name, path)
     except BaseException as error:  # also KeyboardInterrupt: nothing half-written stays
         with contextlib.suppress(OSError):
@@ -287,7 +288,8 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _temporary(path: Path) -> str:
-    return f".{path.name[:100]}."
+    """How the names of this file's temporaries begin: short enough for any file system, and those of no other file."""
+    return f".{path.name[:24]}-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}."
 
 
 def _check_checksum(path: Path, file: BinaryIO, header: dict[str, Any], start: int) -> None:

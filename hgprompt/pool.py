@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hgprompt import strict_json
 from hgprompt.arguments import kind_of
-from hgprompt.errors import FileFormatError, HGPromptWarning, PromptError
+from hgprompt.errors import FileFormatError, PromptError, warn
 
 if TYPE_CHECKING:
     from hgprompt.backbone import FrozenViT
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _FORMAT, _VERSION = "hgprompt-pool", 1
 _PREFIX = "prompts."
 _MAX_NAME = 200
+_MAX_METADATA_DEPTH = strict_json.MAX_DEPTH - 2  # in a file it lies two levels down
 # What a stranger's file can make us allocate: its prompts in float32, and a backbone for images of this size.
 _MAX_BYTES = 8 * 2**30
 _MAX_EXTENT = 16_384  # width, depth
@@ -132,12 +133,13 @@ class PromptPool(Mapping[str, Tensor]):
         if info is not None and (first.shape[-1] != info.width or (first.ndim == 3 and len(first) != info.depth)):
             raise PromptError(f"prompts of shape {list(first.shape)} do not fit {info.name}: {info!r:.600}")
         self.backbone: BackboneInfo | None = info
-        self.metadata: dict[str, dict[str, Any]] = {name: dict((metadata or {}).get(name, {})) for name in names}
         unknown = set(metadata or {}) - set(names)
         if unknown:
             raise PromptError(f"metadata of prompts that are not here: {sorted(unknown)[:5]!r:.400}")
-        try:
-            json.dumps(self.metadata, allow_nan=False)
+        records = {name: dict((metadata or {}).get(name, {})) for name in names}
+        try:  # what a file would give back, and a copy
+            text = json.dumps(records, allow_nan=False, sort_keys=True).encode()
+            self.metadata: dict[str, dict[str, Any]] = strict_json.parse(text, max_depth=_MAX_METADATA_DEPTH)
         except (TypeError, ValueError, RecursionError) as error:
             raise PromptError(f"metadata must be JSON-able: {error}") from error
 
@@ -205,11 +207,7 @@ class PromptPool(Mapping[str, Tensor]):
             for key in ("mean", "std", "interpolation"):
                 tuned, now = getattr(mine, key), getattr(info, key)
                 if None not in (tuned, now) and tuned != now:
-                    warnings.warn(
-                        f"the prompts were tuned on images of {key} {tuned}, this backbone's have {now}",
-                        HGPromptWarning,
-                        stacklevel=3,
-                    )
+                    warn(f"the prompts were tuned on images of {key} {tuned}, this backbone's have {now}")
             return
         raise PromptError(
             f"the prompts were tuned for backbone {mine.name} ({_short(mine)}), this is {info.name} ({_short(info)}): "

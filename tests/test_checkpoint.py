@@ -28,7 +28,7 @@ from hgprompt.backbone import FrozenViT
 from hgprompt.checkpoint import SHARE, PassCheckpoint
 from hgprompt.ensemble import fast_ensemble
 from hgprompt.errors import DataError, FileFormatError, HGPromptError, HGPromptWarning, OptionError, OutputError
-from hgprompt.files import read_safetensors, write_safetensors
+from hgprompt.files import _temporary, read_safetensors, write_safetensors
 from hgprompt.sample import ImageSample
 from hgprompt.statistics import EnsembleStatistics
 from hgprompt.stopping import StopRule
@@ -543,7 +543,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path):
 
 
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
-    (tmp_path / f".{FILE}.abc123.tmp").write_bytes(b"half")
+    (tmp_path / f"{_temporary(tmp_path / FILE)}abc123.tmp").write_bytes(b"half")
     (tmp_path / "of somebody else.tmp").write_bytes(b"whole")
     PassCheckpoint(tmp_path, {})
     assert os.listdir(tmp_path) == ["of somebody else.tmp"]

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from hgprompt import files
 from hgprompt.errors import FileFormatError, HGPromptError, OutputError
-from hgprompt.files import make_directory, read_safetensors, write_safetensors, write_text
+from hgprompt.files import make_directory, read_safetensors, write_bytes, write_safetensors, write_text
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.float64)}
 
@@ -248,3 +248,14 @@ def test_a_header_of_many_values_takes_no_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 * len(text)
+
+
+def test_names_of_files(tmp_path):
+    """A name of 93 characters in UTF-8 has 250 bytes of the 255 that a file system allows; a temporary's has fewer."""
+    name = "字" * 78 + ".safetensors"
+    write_bytes(tmp_path / name, b"x")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    for bad in ("a\0b", "a\ud800b"):
+        with pytest.raises(OutputError, match="names no file"):
+            write_bytes(tmp_path / bad, b"x")
+    assert len(list(tmp_path.iterdir())) == 1

@@ -183,6 +183,28 @@ def test_a_pool_of_a_pool_keeps_its_provenance():
     assert all(pool != other for other in (*others, PromptPool(dict(pool)), dict(pool)))
 
 
+@pytest.mark.parametrize(
+    "record", [{"task": "caf\udce9"}, {1: 2, "1": 3}, {"loss": float("nan")}, {"task": {1, 2}}], ids=repr
+)
+def test_metadata_that_no_file_can_hold(record):
+    with pytest.raises(PromptError, match="JSON-able"):
+        PromptPool({"a": torch.ones(2, 4)}, metadata={"a": record})
+
+
+def test_metadata_is_what_its_file_gives_back(tmp_path):
+    deep = {}
+    for _ in range(59):
+        deep = {"deeper": deep}
+    inner = {"betas": (0.9, 0.99), "classes": {1: "one"}}
+    pool = PromptPool({"a": torch.ones(2, 4)}, metadata={"a": {"training": inner, "deep": deep}})
+    inner["betas"] = ()
+    pool.save(tmp_path / "pool.safetensors")
+    assert PromptPool.load(tmp_path / "pool.safetensors") == pool
+    assert pool.metadata["a"]["training"] == {"betas": [0.9, 0.99], "classes": {"1": "one"}}
+    with pytest.raises(PromptError, match="deep"):
+        PromptPool({"a": torch.ones(2, 4)}, metadata={"a": {"deep": {"deeper": {"deeper": deep}}}})
+
+
 def test_a_network_is_a_backbone():
     vit = FrozenViT.from_timm(literal.tiny_vit())
     assert PromptPool([torch.zeros(2, 16)], backbone=vit) == PromptPool([torch.zeros(2, 16)], backbone=vit.info)
