@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -299,4 +300,4 @@ def _render(
 
 def task_name(data: str) -> str:
     """What a task is called: its folder's name, or a procedural task's."""
-    return data.removeprefix(PROCEDURAL) if data.startswith(PROCEDURAL) else Path(data).resolve().name
+    return data.removeprefix(PROCEDURAL) if data.startswith(PROCEDURAL) else Path(os.path.abspath(data)).name

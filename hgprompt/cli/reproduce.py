@@ -123,7 +123,12 @@ def reproduce(
     share = Share.of_environment()
     known = None if pool is None else PromptPool.load(pool)
     suite, targets, tuned = _tasks(
-        wanted, data_root, _names(tasks), _names(sources) or (None if pool else wanted.sources), find_suite
+        wanted,
+        data_root,
+        _names(tasks),
+        _names(sources) or (None if pool else wanted.sources),
+        find_suite,
+        pool_given=pool is not None,
     )
     say: Callable[[str], None] = lambda line: None if as_json or share.rank else typer.echo(line, err=True)  # noqa: E731
     for line in suite.lines():
@@ -148,6 +153,9 @@ def reproduce(
         lab.whole_pool()
         records = run_cells(store, cells, share=share, progress=progress)
         if len(records) < len(cells):
+            if as_json:
+                ahead = [cell.key for cell in cells if cell.key not in records]
+                show.print_json({"experiment": experiment, "done": list(records), "to_do": ahead})
             typer.echo(
                 f"{len(cells) - len(records)} of {len(cells)} cells are other processes', not finished yet: the last "
                 "of them writes the result, or this command once more",
@@ -165,11 +173,20 @@ def reproduce(
 
 
 def _tasks(
-    wanted: Experiment, root: Path, targets: tuple[str, ...] | None, sources: tuple[str, ...] | None, find: Any
+    wanted: Experiment,
+    root: Path,
+    targets: tuple[str, ...] | None,
+    sources: tuple[str, ...] | None,
+    find: Any,
+    *,
+    pool_given: bool,
 ) -> tuple[Suite, tuple[str, ...], tuple[str, ...]]:
     """The suite that holds all that is needed, the targets in it, and the tasks to tune sources on."""
     mine = targets or wanted.targets
-    needed = None if mine is None and sources is None else [*(mine or ("paper", "own")), *(sources or ("paper", "own"))]
+    needed = None
+    if mine is not None or sources is not None:
+        tuned = () if pool_given else sources or ("paper", "own")
+        needed = [*(mine or ("paper", "own")), *tuned]
     suite = find(root, needed)
     chosen = tuple(find(root, mine).tasks)
     there = suite.usual_sources if sources is None else tuple(find(root, sources).tasks)

@@ -45,12 +45,15 @@ def select(
     Reads the images once, shuffled. Writes a pool of the prompts selected, most wanted first, for 'ensemble'.
     """
     from hgprompt.cli import show
-    from hgprompt.files import check_writable
+    from hgprompt.errors import OptionError
+    from hgprompt.files import make_directory
     from hgprompt.pool import PromptPool
     from hgprompt.selection import select_prompts
 
     prompts = PromptPool.load(pool)
-    check_writable(out.parent)
+    if out.is_dir():
+        raise OptionError(f"--out {out} is a folder: give the file of the new pool, such as {out / 'pool.safetensors'}")
+    make_directory(out.parent)
     vit = options.load_backbone(prompts.backbone, backbone, weights, device, dtype, image_size)
     images = options.load_images(
         data, split, vit, limit=limit, quiet=quiet or as_json, bad_images=bad_images, follow_links=follow_links

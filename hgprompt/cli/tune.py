@@ -55,7 +55,7 @@ def train_source(
     seed: Annotated[
         int | None,
         typer.Option(
-            help="Of the random start, the head and the order of images; default: the pool's, or 42.",
+            help="Of the random start, the head and the order of images; default: the pool's, or 0.",
             min=0,
             max=2**63 - 1,
             show_default=False,
@@ -75,7 +75,7 @@ def train_source(
     from hgprompt.cli import show
     from hgprompt.data.folders import available_cores
     from hgprompt.errors import OptionError
-    from hgprompt.files import check_writable, locked
+    from hgprompt.files import locked, make_directory
     from hgprompt.pool import PromptPool, check_name
     from hgprompt.tuning import random_prompt
     from hgprompt.tuning import tune as run
@@ -92,9 +92,9 @@ def train_source(
     )  # fmt: skip
     if known is not None:
         deep, tokens, seed = _as_in_the_pool(known, pool, vit, deep, tokens, seed)
-    tokens, seed = tokens or 10, 42 if seed is None else seed
+    tokens, seed = tokens or 10, 0 if seed is None else seed  # none of the seeds that runs have by default
     config = _config(epochs, batch_size, optimizer, lr, head_lr, weight_decay, warmup, prompt_dropout, seed)
-    check_writable(pool.parent)
+    make_directory(pool.parent)
     # What cannot be read is an error before the work, not in the middle of it.
     read = functools.partial(
         options.load_images, quiet=quiet or as_json, bad_images=bad_images, follow_links=follow_links
@@ -313,6 +313,8 @@ def _start(start: str) -> tuple[Tensor | None, BackboneInfo | None]:
 
     if start == RANDOM:
         return None, None
+    if Path(start).name in ("tuned.safetensors", "ensemble.safetensors"):
+        start = str(Path(start).parent)
     if (Path(start) / "tuned.safetensors").is_file():
         tuned = TuneResult.load(start)
         return tuned.prompts[0], tuned.backbone
@@ -321,8 +323,9 @@ def _start(start: str) -> tuple[Tensor | None, BackboneInfo | None]:
             raise OptionError(f"--start {start!r}: in this folder is neither an ensemble nor a tuned prompt")
         result = EnsembleResult.load(start)
         return result.prompt, result.backbone
-    path, colon, name = start.rpartition(":")
-    if not colon or not Path(path).is_file():
+    parts = ((start[:i], start[i + 1 :]) for i, c in enumerate(start) if c == ":")  # a name may have some of its own
+    path, name = next(((path, name) for path, name in parts if Path(path).is_file()), ("", ""))
+    if not path:
         raise OptionError(f"--start {start!r} is no folder of an ensemble, no POOL.safetensors:NAME and not 'random'")
     pool = PromptPool.load(path)
     return pool[name], pool.backbone
@@ -349,14 +352,15 @@ def _test_images(
     train: LabelledImages | ImageDataset,
     vit: FrozenViT,
 ) -> LabelledImages | ImageDataset:
-    """The images of another split, or of another folder with the same classes."""
+    """The images of another split, or where there is none of the name, of another folder with the same classes."""
+    from hgprompt.data.listing import under_an_alias
     from hgprompt.errors import DataError
 
     if data.startswith(options.PROCEDURAL):
         if test != "test":
             raise DataError(f"{data} has one split to test on: --test test, got {test!r}")
         return read(data, test, vit, limit=None)
-    if (Path(data) / f"{test}.txt").is_file() and not Path(test).is_dir():
+    if (under_an_alias(Path(data)) / f"{test}.txt").is_file():
         return read(data, test, vit, limit=None)
     if not Path(test).is_dir():
         raise DataError(f"--test {test!r} is neither a split of {data} nor a folder with the same classes")

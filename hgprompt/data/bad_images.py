@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hgprompt.errors import DataError, HGPromptWarning, OptionError
+from hgprompt.errors import DataError, OptionError, warn
 from hgprompt.workers import end_workers
 
 BadImages = Literal["stop", "skip"]
@@ -90,7 +89,7 @@ def report_skipped(samples: Sequence[tuple[Path, int]], bad: BadOnes) -> Skipped
     gone = [label for label, count in Counter(label for _, label in samples).items() if lost[label] == count]
     if gone:
         raise DataError(f"{skipped}. No image is left of class {', '.join(map(str, sorted(gone)[:10]))}")
-    warnings.warn(str(skipped), HGPromptWarning, stacklevel=3)
+    warn(str(skipped))
     return skipped
 
 

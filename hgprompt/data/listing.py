@@ -73,7 +73,7 @@ def load_task(folder: str | Path, split: str = "train800val200", *, follow_links
     Raises:
         DataError: what is wrong, in which file and line.
     """
-    folder = _under_an_alias(Path(folder))
+    folder = under_an_alias(Path(folder))
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder of images")
     root = _Root(folder, follow_links)
@@ -119,7 +119,8 @@ class _Root:
         return os.path.join(os.path.realpath(path), "").startswith(self._real)
 
 
-def _under_an_alias(folder: Path) -> Path:
+def under_an_alias(folder: Path) -> Path:
+    """The folder, or where it is not there, one beside it that has another of the task's names."""
     if folder.is_dir():
         return folder
     for names in VTAB_ALIASES:
@@ -137,6 +138,8 @@ def _from_split_file(root: _Root, file: Path) -> ImageTask:
     for number, line in _lines(root, file, MAX_SAMPLES):
         try:
             name, text = line.rsplit(maxsplit=1)
+            if "_" in text:  # which int() reads over
+                raise ValueError
             label = int(text)
         except ValueError as error:
             raise DataError(f"{file}, line {number}: expected 'path label', got {line.strip()[:100]!r}") from error
@@ -162,7 +165,7 @@ def _from_split_file(root: _Root, file: Path) -> ImageTask:
         samples.append((path, label))
     if not samples:
         raise DataError(f"{file} lists no images")
-    return ImageTask(_printable(folder.name), tuple(samples), class_names)
+    return ImageTask(_name_of(folder), tuple(samples), class_names)
 
 
 def _class_names(root: _Root, file: Path) -> tuple[str, ...] | None:
@@ -177,7 +180,7 @@ def _lines(root: _Root, file: Path, limit: int) -> Iterator[tuple[int, str]]:
         raise DataError(f"{file} is a link that leads out of {root.folder}")
     with (
         open_regular(file, MAX_LIST_BYTES) as binary,
-        io.TextIOWrapper(binary, encoding="utf-8", errors="replace") as lines,
+        io.TextIOWrapper(binary, encoding="utf-8-sig", errors="replace") as lines,
     ):
         for number in itertools.count(1):
             line = lines.readline(MAX_LINE + 1)
@@ -202,7 +205,7 @@ def _lists_images(root: _Root, file: Path) -> bool:
     if not root.holds(file):
         return False
     with open_regular(file, sys.maxsize) as binary:
-        first = binary.readline(MAX_LINE).decode(errors="replace")
+        first = binary.readline(MAX_LINE).decode("utf-8-sig", errors="replace")
     name, _, label = first.strip().rpartition(" ")
     return label.isdecimal() and name.strip().lower().endswith(SUFFIXES)
 
@@ -219,7 +222,9 @@ def _from_class_folders(root: _Root) -> ImageTask:
     for label, place in enumerate(classes):
         files = sorted(p for p in _entries(place) if _is_image(p)) if root.holds(place) else [place]
         if not files:
-            raise DataError(f"class folder {place} holds no images ({', '.join(SUFFIXES)})")
+            inner = next((p for p in _entries(place) if p.is_dir()), None) if root.holds(place) else None
+            hint = "" if inner is None else f", but folders: is {place} itself the task, as in train/CLASS/?"
+            raise DataError(f"class folder {place} holds no images ({', '.join(SUFFIXES)}){hint}")
         for path in files:
             if not root.holds(path):
                 raise DataError(
@@ -229,7 +234,7 @@ def _from_class_folders(root: _Root) -> ImageTask:
         samples += [(p, label) for p in files]
         if len(samples) > MAX_SAMPLES:
             raise DataError(f"{folder} holds more than {MAX_SAMPLES} images")
-    return ImageTask(_printable(folder.name), tuple(samples), tuple(_printable(p.name) for p in classes))
+    return ImageTask(_name_of(folder), tuple(samples), tuple(_printable(p.name) for p in classes))
 
 
 def _entries(folder: Path) -> Iterator[Path]:
@@ -243,6 +248,11 @@ def _entries(folder: Path) -> Iterator[Path]:
 
 def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _name_of(folder: Path) -> str:
+    """A task's name: its folder's, also where that was given as "."."""
+    return _printable(Path(os.path.abspath(folder)).name)
 
 
 def _printable(name: str) -> str:

@@ -102,6 +102,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _from_16_bits(image: Image.Image) -> Image.Image:
     """16-bit files have values up to 65535, whatever mode Pillow opens them in; 65535 becomes 255."""
     values = np.asarray(image)
+    if image.mode == "I" and values.size and (values.min() < 0 or values.max() > 65535):
+        raise DataError("has 32-bit pixels beyond 0 … 65535, of unknown range: save it with 8 or 16 bits")
     grey = np.empty(values.shape, np.uint8)
     for start in range(0, len(values), _ROWS):
         rows = slice(start, start + _ROWS)

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from hgprompt.errors import DataError, OptionError
+from hgprompt.errors import OptionError
 from hgprompt.files import write_text
 from hgprompt.paper.bench import COMPARED, method_cell, method_key, method_of
 from hgprompt.paper.cells import Cell
 from hgprompt.paper.embedding import NEIGHBOURS, embedding_cell, require_tsne
 from hgprompt.paper.lab import Lab
 from hgprompt.paper.paired import difference
-from hgprompt.paper.tables import Table, accuracy_table, escaped
+from hgprompt.paper.tables import Table, accuracy_table, escaped, no_formula
 from hgprompt.paper.tasks import canonical
 from hgprompt.paper.weights import WEIGHING, cosines_cell, weights_cell
 
@@ -362,15 +362,18 @@ def make_request(experiment: Experiment, lab: Lab, targets: Sequence[str], metho
     """Targets by their own names, and methods that the experiment can compare.
 
     Raises:
-        OptionError: a method that is not known, or a choice where there is none. DataError: no target.
+        OptionError: a method that is not known, or a choice where there is none.
     """
     if methods and not experiment.methods:
         raise OptionError(f"{experiment.name} compares what the paper compares: it takes no --methods")
     for method in methods:
         method_of(method, lab.plan.lam)
-    if not targets:
-        raise DataError(f"none of the tasks of {experiment.name} is in {lab.suite.root}: name yours with --tasks")
-    return Request(tuple(dict.fromkeys(map(canonical, targets))), tuple(methods) or experiment.methods)
+    different = tuple({method_of(method, lab.plan.lam).name: method for method in methods}.values())
+    return Request(tuple(dict.fromkeys(map(canonical, targets))), different or experiment.methods)
+
+
+_NOT_OF = {"fig3": ("epochs", "grid", "lam", "test"), "fig4": ("grid", "test"), "fig5": ("epochs", "grid")}
+"""Conditions that do not touch what a figure of one seed shows."""
 
 
 def _title(lab: Lab, name: str) -> str:
@@ -384,17 +387,22 @@ def _write_text(
     """name.md, which says under which conditions the numbers hold, and name.csv."""
     plan, vit = lab.plan, lab.backbone
     kind = "deep" if plan.deep else "shallow"
-    conditions = [
-        f"backbone {vit.name} at {vit.image_size[0]} pixels, weights {vit.fingerprint[:12]}",
-        f"{plan.tokens} {kind} prompt tokens",
-        f"epochs: {plan.epochs} on targets" + ("" if lab.pool_given else f", {plan.source_epochs} on sources"),
-        f"a pool of {len(lab.sources())} given prompts" if lab.pool_given else f"{len(lab.sources())} sources",
-        "λ as in each row" if name == "fig6" else f"λ = {plan.lam:g} (of -H/(C-1) + λ L_align)",
-        f"seeds {', '.join(map(str, plan.seeds))}",
-        f"{plan.grid} grid, batches of {plan.batch_size}, {str(vit.dtype).removeprefix('torch.')}",
-        "all test images" if plan.test_limit is None else f"at most {plan.test_limit} test images of a task",
-    ]
-    paragraphs = [f"# {title}", table.rstrip(), *below, f"Conditions: {'; '.join(conditions)}."]
+    sources = f"{len(lab.sources())} "
+    conditions = {
+        "backbone": f"backbone {vit.name} at {vit.image_size[0]} pixels, weights {vit.fingerprint[:12]}",
+        "dtype": str(vit.dtype).removeprefix("torch."),
+        "tokens": f"{plan.tokens} {kind} prompt tokens",
+        "sources": f"a pool of {sources}given prompts"
+        if lab.pool_given
+        else f"{sources}sources, {plan.source_epochs} epochs on each",
+        "epochs": f"{plan.epochs} epochs on targets, batches of {plan.batch_size}",
+        "grid": f"{plan.grid} grid",
+        "lam": "λ as in each row" if name == "fig6" else f"λ = {plan.lam:g} (of -H/(C-1) + λ L_align)",
+        "seeds": f"seed {plan.seeds[0]}" if name in _NOT_OF else f"seeds {', '.join(map(str, plan.seeds))}",
+        "test": "all test images" if plan.test_limit is None else f"at most {plan.test_limit} test images of a task",
+    }
+    said = [text for what, text in conditions.items() if what not in _NOT_OF.get(name, ())]
+    paragraphs = [f"# {title}", table.rstrip(), *below, f"Conditions: {'; '.join(said)}."]
     paragraphs += lab.suite.lines()
     write_text(lab.out / f"{name}.md", "\n\n".join(paragraphs) + "\n")
     write_text(lab.out / f"{name}.csv", text)
@@ -409,8 +417,7 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
-    out.writerow(header)
-    out.writerows(rows)
+    out.writerows([no_formula(cell) if isinstance(cell, str) else cell for cell in row] for row in (header, *rows))
     return text.getvalue()
 
 

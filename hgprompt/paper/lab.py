@@ -63,6 +63,8 @@ class Plan:
         for name in ("tokens", "epochs", "source_epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not all(0 <= seed < 2**63 for seed in (*self.seeds, self.pool_seed)):
+            raise OptionError(f"seeds must be from 0 to 2^63 - 1, got {list(self.seeds)}")
         if self.test_limit is not None and self.test_limit < 1:
             raise OptionError(f"test_limit must be at least 1, got {self.test_limit}")
 
@@ -102,8 +104,14 @@ class Lab:
                     f"the pool holds {kind} prompts of {pool.num_tokens} tokens: a comparison is of one kind, give "
                     f"--tokens {pool.num_tokens}" + (" --deep" if pool.is_deep else " without --deep")
                 )
+            began = [seed for seed in plan.seeds if any(pool.metadata[n].get("init_seed") == seed for n in pool)]
+            if began:
+                raise OptionError(
+                    f"seed {began[0]} is that of the sources' common start, and a run's random prompt would be it: "
+                    "take other --seeds"
+                )
             # A prompt that is named otherwise may still be of one of the tasks: its record says so.
-            self._tasks_of = {n: _task_of(str(pool.metadata[n].get("task", n))) for n in pool}
+            self._tasks_of = {n: str(pool.metadata[n].get("task") or n) for n in pool}
         else:
             unknown = [n for n in sources or () if canonical(n) not in suite.tasks]
             if unknown:
@@ -155,7 +163,7 @@ class Lab:
         Raises:
             DataError: fewer than two are left.
         """
-        names = tuple(n for n, task in self._tasks_of.items() if without is None or task != canonical(without))
+        names = tuple(n for n, task in self._tasks_of.items() if without is None or _task_of(task) != _task_of(without))
         if len(names) < 2:
             raise DataError(
                 f"{len(names)} source prompts for {without or 'a mixture'}: a mixture takes at least two; have more "
@@ -185,9 +193,17 @@ class Lab:
             made = parts[0]
             for part in parts[1:]:
                 made = made.merge(part)
-            made.save(self.pool_file)
             self._made = made
+            self._save(made)
         return self._made
+
+    def _save(self, made: PromptPool) -> None:
+        """The pool, and with it what other experiments in this folder have left in its file."""
+        there = PromptPool.load(self.pool_file) if self.pool_file.exists() else None
+        if there is not None and there.backbone == made.backbone and there.stack().shape[1:] == made.stack().shape[1:]:
+            others = [name for name in there.names if name not in made.names]
+            made = made.merge(there.subset(others)) if others else made
+        made.save(self.pool_file)
 
     @property
     def pool_given(self) -> bool:
@@ -246,7 +262,8 @@ class Lab:
 
 
 def _task_of(name: str) -> str:
-    """The task that a prompt is of, by any of the task's names, or by its title ("CIFAR-100")."""
+    """The task that a prompt is of, by any of the task's names, or by its title ("CIFAR-100"): a folder "pets" holds
+    VTAB's Pets as likely as not, and a prompt too few in the pool is better than the target's own."""
     titles = {task.title.casefold(): task.name for task in VTAB}
     return titles.get(name.casefold(), canonical(name))
 

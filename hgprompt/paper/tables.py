@@ -63,13 +63,13 @@ class Table:
         text = io.StringIO()
         out = csv.writer(text, lineterminator="\n")
         extra = ["parameters"] if self.parameters else []
-        columns = [_no_formula(f"{c} {kind}") for c in self.columns for kind in ("mean", "std")]
+        columns = [no_formula(f"{c} {kind}") for c in self.columns for kind in ("mean", "std")]
         out.writerow([self.title, *extra, *columns])
         for name, entries in self.rows.items():
             numbers: list[float | str] = []
             for e in entries:
                 numbers += ["", ""] if e is None else [e.mean, "" if e.std is None else e.std]
-            out.writerow([_no_formula(name), *([self.parameters.get(name, "")] if extra else []), *numbers])
+            out.writerow([no_formula(name), *([self.parameters.get(name, "")] if extra else []), *numbers])
         return text.getvalue()
 
     def _marks(self, column: int) -> list[str]:
@@ -124,7 +124,7 @@ def escaped(name: str) -> str:
     return "".join("\\" + c if c in "\\|[]<>`*" else c for c in name)
 
 
-def _no_formula(name: str) -> str:
+def no_formula(name: str) -> str:
     """A name that a spreadsheet does not run."""
     return "'" + name if name[:1] in ("=", "+", "-", "@") else name
 

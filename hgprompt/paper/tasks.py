@@ -187,6 +187,7 @@ def find_suite(root: str | Path, wanted: Sequence[str] | None = None) -> Suite:
         raise DataError(
             f"{root} holds none of the tasks {', '.join(names[:20])}: a task is a folder with "
             f"{', '.join(f'{split}.txt' for split in SPLITS)}, lines 'path label'"
+            + (f"; it has {', '.join([*there][:20])}: name them (--tasks, and --sources)" if there else "")
         )
     return Suite(root, tasks, tuple(n for n in names if n not in there))
 

@@ -56,12 +56,13 @@ def cosines_cell(lab: Lab, task: str) -> Cell:
     def run(work: Work) -> dict[str, Any]:
         images = lab.load(task, work.report).train800val200
         found = fast_ensemble(
-            lab.pool(names), images.batches(64), backbone=lab.backbone, lam=lab.plan.lam, seed=lab.plan.seeds[0],
-            gradient_images=None, progress=work.report,
+            lab.pool(names), images.batches(64), backbone=lab.backbone, seed=lab.plan.seeds[0], gradient_images=None,
+            progress=work.report,
         )  # fmt: skip
         return {"names": list(names), "cosines": found.gradient_cosines.tolist()}
 
-    options = {"pool": lab.pool_identity(names), "lam": lab.plan.lam, "seed": lab.plan.seeds[0]}
+    # λ takes no part in the gradients; it stands here as files of before have it.
+    options = {"pool": lab.pool_identity(names), "lam": 1.0, "seed": lab.plan.seeds[0]}
     options |= {"revision": HGPrompt.revision}
     return Cell(f"cosines.{lab.task(task).name}", lab.identity(task, **options), run)
 

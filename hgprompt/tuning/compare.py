@@ -104,10 +104,13 @@ def compare_starts(
         progress: as for `fast_ensemble` and `tune`.
 
     Raises:
-        As `fast_ensemble` and `tune` do.
+        OptionError: no seeds or epochs, or the same ones twice. Others as `fast_ensemble` and `tune` do.
     """
     if not seeds or not epochs:
         raise OptionError("a comparison needs at least one seed and one number of epochs")
+    for what, values in {"seeds": seeds, "epochs": epochs, "variants": variants}.items():
+        if len(set(values)) < len(values):
+            raise OptionError(f"{what} must differ, got {list(values)}")
     config = config or TuneConfig()
     names = (RANDOM, SINGLE, UNIFORM, HGPROMPT, *(f"{HGPROMPT} λ={lam:g}" for lam in variants))
     accuracy = torch.full((len(epochs), len(seeds), len(names)), float("nan"), dtype=torch.float64, device="cpu")

@@ -53,6 +53,7 @@ def test_class_folders(tmp_path):
         ("", "lists no images"),
         ("images/train/0.png\n", "line 1: expected"),
         ("images/train/0.png one\n", "line 1: expected"),
+        ("images/train/0.png 1_0\n", "line 1: expected"),
         ("images/train/0.png 0\nimages/train/1.png -1\n", "line 2: label -1"),
         ("images/train/0.png 3\n", "label 3 is no class of 3"),
         ("images/train/9.png 0\n", "does not exist"),
@@ -164,6 +165,30 @@ def test_pixels_of_unknown_range_are_refused(tmp_path):
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "x.tif")
     with pytest.raises(DataError, match=r"x\.tif.*floating-point"):
         read_image(tmp_path / "x.tif")
+    Image.fromarray(np.array([[0, 70000]], np.int32)).save(tmp_path / "y.tif")
+    with pytest.raises(DataError, match=r"y\.tif.*32-bit"):
+        read_image(tmp_path / "y.tif")
+
+
+def test_a_task_that_is_the_working_directory_has_its_folders_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(_vtab(tmp_path / "task"))
+    assert load_task(".", "train800").name == "task"
+
+
+def test_lists_that_begin_with_a_byte_order_mark(tmp_path):
+    root = _vtab(tmp_path / "task")
+    (root / "classes.txt").write_text("cat\ndog\nfox\n", encoding="utf-8-sig")
+    (root / "train800.txt").write_text("images/train/0.png 0\n", encoding="utf-8-sig")
+    task = load_task(root, "train800")
+    assert task.class_names == ("cat", "dog", "fox")
+    assert [path.name for path, _ in task.samples] == ["0.png"]
+
+
+def test_a_folder_above_the_task_is_guessed(tmp_path):
+    for name in ("train/cat", "val/cat"):
+        _image(tmp_path / name / "0.png")
+    with pytest.raises(DataError, match=r"train holds no images .*but folders: is .*train itself the task"):
+        load_task(tmp_path)
 
 
 def test_an_error_of_a_decoding_process_is_one_line(tmp_path):

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from vtab_folders import write_task
 
-from hgprompt import OptionError, PromptPool
+from hgprompt import OptionError, PromptPool, load_backbone
 from hgprompt.cli import main
-from hgprompt.paper import Plan, figures, method_names
+from hgprompt.paper import Lab, Plan, figures, find_suite, method_names
 from hgprompt.paper.bench import COMPARED, method_key
 from hgprompt.paper.embedding import neighbour_accuracy
+from hgprompt.tuning import random_prompt
 from hgprompt.tuning.methods import HGPrompt
 from hgprompt.tuning.protocol import GRIDS, Grid
 
@@ -180,7 +181,9 @@ def test_wrong_wishes(reproduce, root, tmp_path):
     assert "no method is called 'SPOT'" in reproduce("table1", "--methods", "SPOT", "--tasks", "own", code=1)
     assert "takes no --methods" in reproduce("fig6", "--tasks", "ants", "--methods", "VPT", code=1)
     assert "has no task 'ant'" in reproduce("table1", "--tasks", "ant", code=1)
-    assert "none of the tasks cifar, svhn" in reproduce("fig6", code=1)
+    said = reproduce("fig6", code=1)
+    assert "none of the tasks cifar, svhn" in said
+    assert "it has owls, cats, bees, ants: name them (--tasks" in said or "it has ants, bees" in said
     assert "--seeds must be whole numbers" in reproduce("table1", "--seeds", "1,a", code=1)
 
 
@@ -203,6 +206,44 @@ def test_tasks_of_like_names_have_cells_of_their_own():
 def test_the_start_of_the_sources_is_none_of_the_runs():
     with pytest.raises(OptionError, match="seed 0"):
         Plan(seeds=(0, 1))
+    with pytest.raises(OptionError, match="seeds must be from 0"):
+        Plan(seeds=(-1,))
+
+
+def _given(tasks, **records):
+    vit = load_backbone("mini", img_size=16, device="cpu")
+    names = [f"p{i}" for i in range(len(tasks))]
+    metadata = {name: {"task": task} | records for name, task in zip(names, tasks, strict=True)}
+    return vit, PromptPool({name: random_prompt(vit, 2, seed=5) for name in names}, backbone=vit, metadata=metadata)
+
+
+@pytest.mark.parametrize("task", ["pets", "Pets", "oxford_iiit_pet", "ants"])
+def test_a_targets_own_prompt_is_left_out_by_any_of_its_names(tmp_path, task):
+    for folder in ("pets", "ants"):
+        write_task(tmp_path / folder, sizes=(12, 6, 6))
+    vit, pool = _given([task, "bees", "cats"])
+    lab = Lab(vit, None, find_suite(tmp_path), Plan(tokens=2), tmp_path, pool=pool)
+    target = "ants" if task == "ants" else "pets"
+    assert lab.sources(without=target) == ("p1", "p2")
+    assert len(lab.sources(without="owls")) == 3
+
+
+def test_a_given_pool_that_began_where_a_run_does_is_refused(tmp_path):
+    write_task(tmp_path / "ants", sizes=(12, 6, 6))
+    vit, pool = _given(["bees", "cats"], init_seed=42)
+    with pytest.raises(OptionError, match="seed 42 is that of the sources"):
+        Lab(vit, None, find_suite(tmp_path), Plan(tokens=2), tmp_path, pool=pool)
+
+
+def test_a_share_that_is_not_the_last_says_what_is_left(reproduce, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _, pool = _given(["bees", "cats"])
+    pool.save(tmp_path / "pool.safetensors")
+    given = ("--pool", tmp_path / "pool.safetensors", "--out", tmp_path / "out", "--json")
+    said = json.loads(reproduce("fig3", "--tasks", "ants,owls", *given))
+    assert len(said["done"]) == len(said["to_do"]) == 1
+    assert said["experiment"] == "fig3"
 
 
 def test_names_of_methods_may_have_commas():

@@ -119,3 +119,7 @@ def test_needs_seeds_and_budgets(vit, pool):
         compare_starts(vit, pool, _draw, _draw(0), seeds=())
     with pytest.raises(OptionError, match="at least one seed"):
         compare_starts(vit, pool, _draw, _draw(0), epochs=())
+    for twice in ({"seeds": (1, 1)}, {"epochs": (2, 2)}, {"variants": (0.0, 0.0)}):
+        (name,) = twice
+        with pytest.raises(OptionError, match=f"{name} must differ"):
+            compare_starts(vit, pool, _draw, _draw(0), **twice)
