@@ -129,6 +129,7 @@ class FrozenViT(nn.Module):
     prefix: Tensor
     patch_position: Tensor | None
 
+    @torch.inference_mode(False)  # weights that were made inside it would let no gradient pass
     def __init__(self, model: nn.Module, *, name: str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         _require_supported(model)
@@ -252,14 +253,20 @@ class FrozenViT(nn.Module):
         Raises:
             BackboneError: not one finite number per channel, or a std that is not positive.
         """
+        found = {"mean": self.mean, "std": self.std}
         for name, values in (("mean", mean), ("std", std)):
             if values is None:
                 continue
-            numbers = tuple(float(v) for v in values)
-            finite = all(math.isfinite(v) and (name == "mean" or v > 0) for v in numbers)
-            if len(numbers) != self.in_channels or not finite:
-                raise BackboneError(f"{name} must be {self.in_channels} finite numbers, std positive; got {numbers}")
-            setattr(self, name, numbers)
+            try:
+                found[name] = tuple(float(v) for v in values)
+            except (TypeError, ValueError):
+                raise BackboneError(f"{name} must be {self.in_channels} numbers, got {values!r:.80}") from None
+            finite = all(math.isfinite(v) and (name == "mean" or v > 0) for v in found[name])
+            if len(found[name]) != self.in_channels or not finite:
+                raise BackboneError(
+                    f"{name} must be {self.in_channels} finite numbers, std positive; got {found[name]}"
+                )
+        self.mean, self.std = found["mean"], found["std"]
         self.interpolation = interpolation or self.interpolation
         return self
 

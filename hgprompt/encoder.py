@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hgprompt import network, operations
+from hgprompt.arguments import whole
 from hgprompt.backbone import FrozenViT
 from hgprompt.errors import BackboneError, DataError, DeviceMemoryError, OptionError, PromptError
 from hgprompt.memory import free_gpu_bytes
@@ -44,7 +45,7 @@ class MicroBatch:
     """
 
     def __init__(self, size: int | None = None) -> None:
-        if size is not None and size < 1:
+        if size is not None and whole("micro_batch", size) < 1:
             raise OptionError(f"micro_batch must be at least 1, got {size}")
         self.size = size
         self._halved: int | None = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,7 +22,7 @@ from hgprompt.backbone import FrozenViT
 from hgprompt.checkpoint import PassCheckpoint, identity_of
 from hgprompt.distributed import Ranks
 from hgprompt.encoder import Impl, MicroBatch
-from hgprompt.errors import DataError, HGPromptWarning, OptionError
+from hgprompt.errors import DataError, OptionError, warn
 from hgprompt.inputs import Prompts, digest, gpu_of, num_batches, resolve
 from hgprompt.kernels.gram import grams, grams_reference
 from hgprompt.objective import Shrinkage
@@ -62,7 +61,7 @@ def fast_ensemble(
     starts: int = 8,
     tolerance: float | None = None,
     gap_tolerance: float = 1e-6,
-    max_steps: int = 200,
+    max_steps: int | None = None,
     learning_rate: float = 0.005,
     keep: Keep = "auto",
     max_bytes: int | None = None,
@@ -93,15 +92,17 @@ def fast_ensemble(
             a share of the prompts in the network.
         head: whose loss is pulled back to the prompts (Eq. 8): "shared-lda", "lda", "centroid" (closed form, fitted
             and cross-fitted after the pass, see `hgprompt.task_loss`), or
-            your own: a module or function features [b, h] → logits [b, C], or
-            one per prompt. Your own is applied during the pass, to every image.
+            your own: a module or function features [b, h], in the backbone's dtype, → logits [b, C], or one per prompt.
+            Your own is applied during the pass, to every image; it is in eval mode, where that makes a difference.
         gradient_images: with a closed-form head, gradients come from a uniform random sample of this many images,
             which is kept while the stream goes by; None: all images are kept. 0 (with lam=0): no gradients. Ranks
             share the sample.
         folds: groups of images for cross-fitting and for the jackknife errors of the weights.
         preset: "paper" is Algorithm 1 to the letter: Eq. 5 unshrunk, H not divided by C-1, projected gradient from
-            uniform with a fixed step (the paper gives none: 0.005, 1000 steps), gradients of all images.
-        normalize, solver, starts, max_steps, learning_rate: as for `optimize_weights`.
+            uniform with a fixed step, gradients of all images, whatever is given for these; of learning_rate and
+            max_steps the paper says nothing.
+        normalize, solver, starts, learning_rate: as for `optimize_weights`.
+        max_steps: as for `optimize_weights`; None: 200, and 1000 in the paper's preset.
         tolerance: stop reading as soon as a bound on ‖α - α_∞‖₁ falls to this (`hgprompt.stopping`; 0.1 is a useful
             start); the loader must be shuffled. None: read all images.
         gap_tolerance: Frank–Wolfe gap at which the solver stops.
@@ -131,10 +132,11 @@ def fast_ensemble(
         or other data. OutputError: a checkpoint_dir that cannot be written to; without one nothing is written anywhere.
     """
     if preset == "paper":
-        shrinkage, normalize, starts, gradient_images = 0.0, False, 1, None
-        solver, max_steps, learning_rate = "projected-gradient", 1000, 0.005
+        shrinkage, normalize, starts, gradient_images, solver = 0.0, False, 1, None, "projected-gradient"
     elif preset is not None:
         raise OptionError(f"preset must be None or 'paper', got {preset!r}")
+    if max_steps is None:
+        max_steps = 200 if preset is None else 1000
     fitted = isinstance(head, str)
     ranks = Ranks(process_group, gpu_of(device, backbone))
     # What is made inside inference mode passes no gradient, so a caller's inference mode is suspended.
@@ -143,21 +145,27 @@ def fast_ensemble(
             lam, gap_tolerance, learning_rate = (
                 real("lam", lam), real("gap_tolerance", gap_tolerance), real("learning_rate", learning_rate)
             )  # fmt: skip
+            shrinkage = shrinkage if isinstance(shrinkage, str) else real("shrinkage", shrinkage)
             seed, folds, starts, max_steps = (
                 whole("seed", seed), whole("folds", folds), whole("starts", starts), whole("max_steps", max_steps)
             )  # fmt: skip
             gradient_images = None if gradient_images is None else whole("gradient_images", gradient_images)
             tolerance = None if tolerance is None else real("tolerance", tolerance)
+            checkpoint_every = real("checkpoint_every", checkpoint_every)
             micro_batch = None if micro_batch is None else whole("micro_batch", micro_batch)
             check_options(
                 lam=lam, shrinkage=shrinkage, solver=solver, starts=starts, tolerance=gap_tolerance,
-                max_steps=max_steps, learning_rate=learning_rate,
+                max_steps=max_steps, learning_rate=learning_rate, seed=seed,
             )  # fmt: skip
-            _check_options(lam, gradient_images, folds, head, shard, micro_batch, seed)
+            _check_pass_options(lam, gradient_images, folds, head, shard, micro_batch)
             rule = None if tolerance is None else StopRule(tolerance, folds)
             pool, stack, vit = resolve(prompts, backbone, device, dtype)
             operations.select(vit, impl)
             loss = None if fitted else given_loss(head, len(stack))
+            by_prompts = shard == "prompts" and not ranks.alone
+            place = (0, 1) if by_prompts else (ranks.rank, ranks.world)
+            statistics = EnsembleStatistics(folds=folds, keep=keep, max_bytes=max_bytes, shard=place)
+            sample = ImageSample(gradient_images if fitted else 0, folds, seed, shard=place)
             if checkpoint_dir is not None and not ranks.alone and (rule is not None or shard == "prompts"):
                 raise OptionError(
                     "checkpoint_dir over a process_group takes shard='images' and no tolerance: else ranks go batch by "
@@ -166,21 +174,18 @@ def fast_ensemble(
         names = pool.names
         settings: dict[str, Any] = {
             "shrinkage": shrinkage, "normalize": normalize, "solver": solver, "starts": starts, "tolerance": tolerance,
-            "gap_tolerance": gap_tolerance, "seed": seed, "folds": folds, "gradient_images": gradient_images,
-            "preset": preset, "head": head if isinstance(head, str) else "given",
+            "gap_tolerance": gap_tolerance, "max_steps": max_steps, "learning_rate": learning_rate, "seed": seed,
+            "folds": folds, "gradient_images": gradient_images, "preset": preset,
+            "head": head if isinstance(head, str) else "given",
             "dtype": str(vit.dtype).removeprefix("torch."),
         }  # fmt: skip
         if not ranks.alone:
             network = f"{vit.name} {vit.image_size} {vit.fingerprint}"
-            more = {"lam": lam, "max_steps": max_steps, "learning_rate": learning_rate, "shard": shard, "keep": keep}
+            more = {"lam": lam, "shard": shard, "keep": keep}
             more |= {"checkpoint_dir": checkpoint_dir is not None}  # each may name a folder of its own
             ranks.agree({"prompts": digest(pool), "backbone": network} | more | settings)
-        by_prompts = shard == "prompts" and not ranks.alone
-        place = (0, 1) if by_prompts else (ranks.rank, ranks.world)
-        sample = ImageSample(gradient_images if fitted else 0, folds, seed, shard=place)
         gather = Pass(
-            vit, stack, EnsembleStatistics(folds=folds, keep=keep, max_bytes=max_bytes, shard=place),
-            ranks=ranks, by_prompts=by_prompts, micro_batch=micro_batch, impl=impl,
+            vit, stack, statistics, ranks=ranks, by_prompts=by_prompts, micro_batch=micro_batch, impl=impl,
             # A stream that may stop early is not refused for the images that it would not read.
             shards=0 if rule is not None else place[1],
         )  # fmt: skip
@@ -206,13 +211,13 @@ def fast_ensemble(
         def answer(*, pull_back: bool, last: bool = True) -> _Answer | None:
             """α of all images so far, on the first rank. Gradients of a closed-form head are pulled back anew, or
             stay as they are. None: there is nothing to solve yet, or this is another rank."""
-            statistics = gather.statistics_of_all(last)
-            if last:
-                _check_problem(statistics)
-            elif not _is_problem(statistics):
+            of_all = gather.statistics_of_all(last)
+            if reason := _why_no_problem(of_all):
+                if last:
+                    raise DataError(reason)
                 return None
             if fitted and gradient_images != 0 and pull_back:
-                gather.pull_back_sample(head, statistics, sample, report)  # type: ignore[arg-type]
+                gather.pull_back_sample(head, of_all, sample, report)  # type: ignore[arg-type]
             gradients, count = gather.gradients_of_all(last)
             with ranks.together("solving for the weights"):
                 if last:
@@ -221,7 +226,7 @@ def fast_ensemble(
                     return None
                 total, fold_grams = _grams(gradients, names)
                 problem = WeightProblem(
-                    statistics, total, shrinkage=shrinkage, normalize=normalize, starts=starts,
+                    of_all, total, shrinkage=shrinkage, normalize=normalize, starts=starts,
                     tolerance=gap_tolerance, max_steps=max_steps, seed=seed,
                 )  # fmt: skip
                 solution = problem.solve(lam, solver=solver, learning_rate=learning_rate)
@@ -335,15 +340,13 @@ def _result(
     )
 
 
-def _check_options(
-    lam: float, gradient_images: int | None, folds: int, head: Head, shard: str, micro_batch: int | None, seed: int
+def _check_pass_options(
+    lam: float, gradient_images: int | None, folds: int, head: Head, shard: str, micro_batch: int | None
 ) -> None:
     if shard not in ("images", "prompts"):
         raise OptionError(f"shard must be 'images' or 'prompts', got {shard!r}")
     if folds < 1:
         raise OptionError(f"folds must be at least 1, got {folds}")
-    if not 0 <= seed < 2**63:
-        raise OptionError(f"seed must be from 0 to 2^63 - 1, got {seed}")
     if isinstance(head, str) and head not in FITTED:
         raise OptionError(f"head must be one of {', '.join(map(repr, FITTED))}, or your own; got {head!r}")
     if gradient_images is not None and gradient_images < 0:
@@ -353,24 +356,16 @@ def _check_options(
     MicroBatch(micro_batch)  # which refuses a size below 1
 
 
-def _check_problem(statistics: EnsembleStatistics) -> None:
-    if statistics.num_images == 0:
-        raise DataError("the loader gave no images")
-    if len(statistics.classes) < 2:
-        raise DataError(
-            f"all {statistics.num_images} images are of class {statistics.classes[0]}: "
-            "weighing prompts needs at least two classes"
-        )
-    if statistics.num_images <= len(statistics.classes):
-        raise DataError(
-            f"{statistics.num_images} images of as many classes say nothing of the spread within a class: "
-            "give several images of each"
-        )
-
-
-def _is_problem(statistics: EnsembleStatistics) -> bool:
-    """Whether there is anything to solve yet."""
-    return 2 <= len(statistics.classes) < statistics.num_images
+def _why_no_problem(statistics: EnsembleStatistics) -> str | None:
+    """Why there is nothing to solve (yet); None where there is."""
+    images, classes = statistics.num_images, statistics.classes
+    if images == 0:
+        return "the loader gave no images"
+    if len(classes) < 2:
+        return f"all {images} images are of class {classes[0]}: weighing prompts needs at least two classes"
+    if images <= len(classes):
+        return f"{images} images of as many classes say nothing of the spread within a class: give several of each"
+    return None
 
 
 def _grams(gradients: Tensor | None, names: Sequence[str]) -> tuple[Tensor | None, list[Tensor] | None]:
@@ -386,9 +381,5 @@ def _grams(gradients: Tensor | None, names: Sequence[str]) -> tuple[Tensor | Non
     gram, without_fold = (found.cpu() for found in (grams if gradients.is_cuda else grams_reference)(gradients))
     dead = [n for n, k in zip(names, gram.diagonal().tolist(), strict=True) if k == 0]
     if dead:
-        warnings.warn(
-            f"prompts {dead} have a zero gradient: no direction, left out of the alignment",
-            HGPromptWarning,
-            stacklevel=3,
-        )
+        warn(f"prompts {dead} have a zero gradient: no direction, left out of the alignment")
     return gram, list(without_fold)

@@ -107,7 +107,7 @@ def _batches(
     iterator: Iterator[Any], vit: FrozenViT, note: Callable[[Tensor, Tensor], None] | None, *, has_workers: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Checked (images, labels [int64, CPU]) of the loader; its own failures as DataError."""
-    position = 0
+    position, floating = 0, None
     while True:
         try:
             batch = next(iterator)
@@ -127,6 +127,10 @@ def _batches(
             images, labels = _check_batch(vit, *batch)
         except DataError as error:
             raise DataError(f"batch {position} of the loader: {error}") from error
+        if images.is_floating_point() != (floating := images.is_floating_point() if floating is None else floating):
+            raise DataError(
+                f"batch {position} of the loader is {images.dtype}: uint8 and normalised floats cannot both be right"
+            )
         position += 1
         if len(labels) == 0:  # a collate function that drops bad images may leave none
             continue

@@ -237,6 +237,12 @@ class Moments:
         moments.rows = [row.clone() for row in state["rows"]]
         moments.class_counts = dict(state["class_counts"])
         moments.class_sums = {label: total.clone() for label, total in state["class_sums"].items()}
+        m, h = sums.shape
+        expected = [(h, m - i, h) for i in range(m)] if moments.rows or moments.count else []
+        if [tuple(row.shape) for row in moments.rows] != expected or any(
+            label < 0 or total.shape != sums.shape for label, total in moments.class_sums.items()
+        ):
+            raise StatisticsError(f"state contradicts itself: second moments or class sums not of (M, h) = {(m, h)}")
         return moments
 
     def _allocate(self, device: torch.device) -> None:

@@ -48,7 +48,8 @@ def h_score(features: Tensor, labels: Tensor, *, shrinkage: Shrinkage = "auto") 
     """H-score of features for labels: tr(cov(f)⁻¹ cov(E[f|y])), Eq. 5, with shrinkage.
 
     Args:
-        features: [N, h], floating point, of any scale; differentiable. Computed in float64.
+        features: [N, h], floating point, of any scale; differentiable, at the intensity that they have, which is not
+            differentiated where it is estimated. Computed in float64.
         labels: [N], integers from 0 on.
         shrinkage: "auto" (the default estimator), "ledoit-wolf", "oas", an intensity in [0, 1), or 0.0 for Eq. 5 to
             the letter (pseudo-inverse where the covariance is singular).

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hgprompt import simplex
+from hgprompt.arguments import real, whole
 from hgprompt.errors import DataError, OptionError, PromptError, StatisticsError
 from hgprompt.objective import Alignment, HScore, Objective, Shrinkage, check_shrinkage
 from hgprompt.reduced_basis import ReducedHScore
@@ -133,7 +134,7 @@ class WeightProblem:
     ) -> None:
         check_options(
             lam=0.0, shrinkage=shrinkage, solver="quasi-newton", starts=starts, tolerance=tolerance,
-            max_steps=max_steps,
+            max_steps=max_steps, seed=seed,
         )  # fmt: skip
         size = statistics.num_prompts
         if gram is not None and tuple(gram.shape) != (size, size):
@@ -165,7 +166,7 @@ class WeightProblem:
 
     def solve(self, lam: float, *, solver: Solver = "quasi-newton", learning_rate: float = 0.005) -> Solution:
         """The best of several starts for one λ; arguments as for `optimize_weights`."""
-        check_options(lam=lam, shrinkage=0.0, solver=solver, starts=self.starts)
+        check_options(lam=lam, shrinkage=0.0, solver=solver, starts=self.starts, learning_rate=learning_rate)
         return self._solve(lam, self._everyone, solver=solver, learning_rate=learning_rate)
 
     def solve_within(self, prompts: Sequence[int], lam: float, *, warm: Sequence[Tensor] = ()) -> Solution:
@@ -179,8 +180,9 @@ class WeightProblem:
             OptionError: no prompts, or some that are not there, or are named twice.
         """
         check_options(lam=lam, shrinkage=0.0, solver="quasi-newton", starts=self.starts)
+        prompts = [whole("an index", i) for i in prompts]
         if not prompts or len(set(prompts)) < len(prompts) or not set(prompts) <= set(range(self.size)):
-            raise OptionError(f"prompts must be different indices from 0 to {self.size - 1}, got {list(prompts)}")
+            raise OptionError(f"prompts must be different indices from 0 to {self.size - 1}, got {prompts}")
         return self._solve(lam, np.asarray(prompts), warm=[w.numpy() for w in warm])
 
     def path(self, lams: Sequence[float]) -> list[Solution]:
@@ -369,7 +371,8 @@ class WeightProblem:
         self, function: Function, start: Vector, solver: Solver = "quasi-newton", learning_rate: float = 0.0
     ) -> Minimum:
         if solver == "projected-gradient":
-            return simplex.projected_gradient(function, start, learning_rate=learning_rate, steps=self.max_steps)
+            found = simplex.projected_gradient(function, start, learning_rate=learning_rate, steps=self.max_steps)
+            return dataclasses.replace(found, converged=found.gap <= self.tolerance)  # which it does not stop at
         if solver == "exponentiated-gradient":
             steps = 10 * self.max_steps
             return simplex.exponentiated_gradient(function, start, tolerance=self.tolerance, max_steps=steps)
@@ -474,8 +477,13 @@ def check_options(
     tolerance: float = 0.0,
     max_steps: int = 1,
     learning_rate: float = 1.0,
+    seed: int = 0,
 ) -> None:
     """Raise OptionError for what can be known to be wrong before any work is done."""
+    for name, value in {"lam": lam, "tolerance": tolerance, "learning_rate": learning_rate}.items():
+        real(name, value)
+    for name, value in {"starts": starts, "max_steps": max_steps, "seed": seed}.items():
+        whole(name, value)
     if not 0 <= lam <= MAX_LAM:
         raise OptionError(f"lam must be a number from 0 to {MAX_LAM:g}, got {lam}")
     check_shrinkage(shrinkage)
@@ -491,6 +499,8 @@ def check_options(
         raise OptionError(f"max_steps must be at least 1, got {max_steps}")
     if not 0 < learning_rate < math.inf:
         raise OptionError(f"learning_rate must be a number above 0, got {learning_rate}")
+    if not 0 <= seed < 2**63:
+        raise OptionError(f"seed must be from 0 to 2^63 - 1, got {seed}")
 
 
 def _distinct(points: Sequence[Vector], functions: Sequence[Function] | None = None) -> tuple[list[int], list[int]]:

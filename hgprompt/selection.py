@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,9 +20,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hgprompt import operations
+from hgprompt.arguments import real, whole
 from hgprompt.distributed import Ranks, slices
 from hgprompt.encoder import Impl, MicroBatch, encode
-from hgprompt.errors import DataError, HGPromptWarning, OptionError
+from hgprompt.errors import DataError, OptionError, warn
 from hgprompt.greedy import (
     Ranking,
     alone_scores,
@@ -39,6 +40,7 @@ from hgprompt.pool import PromptPool
 from hgprompt.progress import Progress, Reporter
 from hgprompt.statistics import EnsembleStatistics
 from hgprompt.stopping import looks_shuffled
+from hgprompt.workers import reading
 
 logger = logging.getLogger(__name__)
 
@@ -119,12 +121,10 @@ class SuccessiveHalving:
         """Greedy selection among the survivors, on all images; indices are those of the whole pool, and prompts that
         were eliminated are missing from the order."""
         if self._eliminations:
-            warnings.warn(
+            warn(
                 f"the stream ended after {self.statistics.num_images} images, where num_images says "
                 f"{self._announced}: {len(self._eliminations)} elimination(s) did not take place, and more was "
-                "spent than halving would have; pass the right num_images",
-                HGPromptWarning,
-                stacklevel=4,
+                "spent than halving would have; pass the right num_images"
             )
         found = greedy_selection(self.statistics, self.size, shrinkage=self.shrinkage)
         alone = torch.full((self._count,), torch.nan, dtype=torch.float64, device="cpu")
@@ -138,11 +138,9 @@ class SuccessiveHalving:
                 "prompts cannot be judged by them; shuffle the images"
             )
         if not looks_shuffled(self.statistics.features_and_labels()[1]):
-            warnings.warn(
+            warn(
                 f"the first {self.statistics.num_images} images are not a fair sample of the classes: prompts are "
-                "eliminated by what comes first; shuffle the images",
-                HGPromptWarning,
-                stacklevel=4,
+                "eliminated by what comes first; shuffle the images"
             )
         kept = torch.tensor(_promising(self.statistics, self.shrinkage)[:left], device="cpu").sort().values
         logger.info("%d images: %d of %d prompts go on", self.statistics.num_images, left, len(self.survivors))
@@ -221,7 +219,13 @@ def select_prompts(
                 raise OptionError(f"method must be 'halving', 'greedy' or 'ranking', got {method!r}")
             pairs = MicroBatch(micro_batch)  # one for all batches: what a GPU had no memory for is not tried again
             pool, stack, vit = resolve(prompts, backbone, device, dtype)
+            size = whole("size", size)
             check_size(size, len(pool))
+            num_images = None if num_images is None else whole("num_images", num_images)
+            budget = None if budget is None else real("budget", budget)
+            shrinkage = shrinkage if isinstance(shrinkage, str) else real("shrinkage", shrinkage)
+            check_shrinkage(shrinkage)
+            operations.select(vit, impl)
         if not ranks.alone:
             network = f"{vit.name} {vit.image_size} {vit.fingerprint} {vit.dtype}"
             options: dict[str, Any] = {"size": size, "method": method, "num_images": num_images, "budget": budget}
@@ -230,7 +234,7 @@ def select_prompts(
         stack, total = stack.to(vit.device, vit.dtype), num_batches(loader)
         halving: SuccessiveHalving | None = None
         everything = EnsembleStatistics(keep="features")
-        with contextlib.closing(read(loader, vit)) as own:
+        with reading(), contextlib.closing(read(loader, vit)) as own:
             batches = own if ranks.alone else same_batches(own, ranks, _READING)
             for position, (images, labels) in enumerate(batches, start=1):
                 with ranks.together(_READING):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hgprompt.arguments import is_floating, kind_of
+from hgprompt.arguments import is_floating, kind_of, whole
 from hgprompt.batch_checks import FiniteCheck, check_labels
 from hgprompt.distributed import Ranks, default_group
 from hgprompt.errors import DataError, OptionError, StatisticsError
@@ -59,12 +59,15 @@ class EnsembleStatistics:
         max_bytes: int | None = None,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
+        folds, max_bytes = whole("folds", folds), None if max_bytes is None else whole("max_bytes", max_bytes)
         if folds < 1:
             raise OptionError(f"folds must be at least 1, got {folds}")
         if keep not in ("auto", "features", "moments"):
             raise OptionError(f"keep must be 'auto', 'features' or 'moments', got {keep!r}")
         if max_bytes is not None and max_bytes < 1:
             raise OptionError(f"max_bytes must be at least 1, got {max_bytes}")
+        if shard[0] < 0 or shard[1] < 1:
+            raise OptionError(f"shard must be (r, W), for every W-th image from image r on, got {shard}")
         self.folds = folds
         self.keep: Keep = keep
         self.max_bytes = max_bytes
@@ -130,6 +133,7 @@ class EnsembleStatistics:
         """Say how many images will come, about: what is kept is then chosen, or refused, with the first batch."""
         self._expected = num_images
 
+    @torch.inference_mode(False)  # what is kept is added to later, perhaps outside a caller's inference mode
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Take in one batch.
 
@@ -141,7 +145,7 @@ class EnsembleStatistics:
             StatisticsError: the shape differs from that of earlier batches, or neither representation has room.
             DataError: labels that are no class indices, or features that are not finite.
         """
-        if not is_floating(features, 3):
+        if not is_floating(features, 3) or not features.shape[0] or not features.shape[2]:
             raise StatisticsError(f"features must be floating point [M, B, h], got {kind_of(features)}")
         labels = check_labels(labels, features.shape[1])
         shape = features.shape[0], features.shape[2]
@@ -197,11 +201,12 @@ class EnsembleStatistics:
         part._finite.numbers = list(prompts) if numbers is None else [numbers[i] for i in prompts]
         return part
 
+    @torch.inference_mode(False)
     def merge(self, other: EnsembleStatistics) -> None:
         """Take in what another pass over other images has gathered; `other` stays as it is.
 
         Raises:
-            StatisticsError: other prompts, feature widths or folds.
+            StatisticsError: other prompts, feature widths or folds, or no room; nothing is changed then.
         """
         self._finite.finish()
         other._finite.finish()
@@ -212,10 +217,15 @@ class EnsembleStatistics:
                 f"cannot merge statistics of (M, h, folds) = {(*other._shape, other.folds)} "
                 f"into {(*(self._shape or ('-', '-')), self.folds)}"
             )
+        before = self._shape, self._dtype
         if self._shape is None:
             self._shape, self._dtype = other._shape, other._dtype
         num_images, classes = self._num_images + other._num_images, self._classes | other._classes
-        chosen = self._representation(num_images, len(classes))
+        try:
+            chosen = self._representation(num_images, len(classes))
+        except StatisticsError:
+            self._shape, self._dtype = before
+            raise
         self._num_images, self._classes = num_images, classes
         if self._moments is None and other._moments is None:
             self._features += other._features
@@ -241,6 +251,7 @@ class EnsembleStatistics:
         whole.all_reduce(group)
         return whole
 
+    @torch.inference_mode(False)
     def all_reduce(self, group: Any = None) -> None:
         """Take in the statistics of all ranks of a torch.distributed group, on every rank, exactly.
 
@@ -321,6 +332,8 @@ class EnsembleStatistics:
             )
         try:
             loaded = self._loaded(state)
+        except StatisticsError:
+            raise
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise StatisticsError(f"state is incomplete or not understood: {error!r:.200}") from error
         self.__dict__.update(loaded.__dict__)
@@ -337,14 +350,17 @@ class EnsembleStatistics:
             loaded._moments = [Moments.from_state_dict(m) for m in state["moments"]]
             if len(loaded._moments) != self.folds or sum(m.count for m in loaded._moments) != loaded._num_images:
                 raise StatisticsError("state contradicts itself: moments do not add up to its number of images")
+            if any((m.num_prompts, m.width) != loaded._shape for m in loaded._moments):
+                raise StatisticsError(f"state contradicts itself: moments that are not of (M, h) = {loaded._shape}")
             loaded._classes = {c for m in loaded._moments for c in m.class_sums}
         elif loaded._shape is not None:
             features, labels, fold_of = (state[k] for k in ("features", "labels", "fold_of"))
             expected = (loaded._shape[0], loaded._num_images, loaded._shape[1])
             if tuple(features.shape) != expected or len(labels) != len(fold_of) or len(labels) != expected[1]:
                 raise StatisticsError(f"state contradicts itself: features {list(features.shape)}, expected {expected}")
-            if labels.dtype != torch.int64 or fold_of.is_floating_point() or not features.is_floating_point():
-                raise StatisticsError(f"state has labels of {labels.dtype}, folds of {fold_of.dtype}")
+            if fold_of.is_floating_point() or features.dtype != loaded._dtype:
+                raise StatisticsError(f"state has folds of {fold_of.dtype}, features of {features.dtype}")
+            labels = check_labels(labels, expected[1])
             if len(fold_of) and not (int(fold_of.min()) >= 0 and int(fold_of.max()) < self.folds):
                 raise StatisticsError(f"state has images of folds that are not there: there are {self.folds}")
             loaded._features, loaded._labels, loaded._fold_of = (

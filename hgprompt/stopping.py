@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 
 import torch
 from torch import Tensor
 
-from hgprompt.errors import HGPromptWarning, OptionError
+from hgprompt.errors import OptionError, warn
 from hgprompt.uncertainty import weight_error
 
 logger = logging.getLogger(__name__)
@@ -65,11 +64,9 @@ class StopRule:
             return True
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 "the labels of the first and the second half of the images differ too much for a shuffled stream: "
-                "reading on, since a part of a sorted stream says nothing of the rest; shuffle it",
-                HGPromptWarning,
-                stacklevel=4,
+                "reading on, since a part of a sorted stream says nothing of the rest; shuffle it"
             )
         return False
 

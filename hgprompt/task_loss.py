@@ -21,7 +21,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
+from hgprompt.arguments import is_floating, kind_of
 from hgprompt.errors import DataError, OptionError
 from hgprompt.kernels.compiler import copied
 from hgprompt.mixture import solve_regularized
@@ -191,7 +194,8 @@ def given_loss(head: Head, num_prompts: int) -> Callable[[Tensor, Tensor, slice]
     """Loss of heads that the caller gives: (features [m, b, h], labels [b], prompt indices) → [m], summed over images.
 
     Raises:
-        OptionError: neither a callable nor M of them. DataError: while running, logits that do not fit the labels.
+        OptionError: neither a callable nor M of them, or a module in training mode that matters. DataError: while
+            running, logits that do not fit the labels.
     """
     heads: Sequence[HeadFunction]
     if isinstance(head, (Sequence, nn.ModuleList)) and not isinstance(head, str) and len(head) == num_prompts:
@@ -203,15 +207,22 @@ def given_loss(head: Head, num_prompts: int) -> Callable[[Tensor, Tensor, slice]
             f"head must be one of {', '.join(map(repr, FITTED))}, a callable features [b, h] → logits [b, C], "
             f"or {num_prompts} of these (one per prompt); got {head!r:.80}"
         )
+    for one in heads:
+        for part in one.modules() if isinstance(one, nn.Module) else ():
+            if part.training and isinstance(part, (_BatchNorm, _DropoutNd)):
+                raise OptionError(
+                    f"the head is in training mode and holds {type(part).__name__}, which would change or draw at "
+                    "random: call head.eval() first"
+                )
 
     def loss(features: Tensor, labels: Tensor, prompts: slice) -> Tensor:
         largest, labels = int(labels.max()) if len(labels) else -1, copied(labels, features.device)
         total = []
         for one, x in zip(heads[prompts], features, strict=True):
             logits = one(x)
-            if logits.ndim != 2 or len(logits) != len(labels) or largest >= logits.shape[1]:
+            if not is_floating(logits, 2) or len(logits) != len(labels) or largest >= logits.shape[1]:
                 raise DataError(
-                    f"the head gives logits {list(logits.shape)} for {len(labels)} images with labels up to "
+                    f"the head gives logits {kind_of(logits)} for {len(labels)} images with labels up to "
                     f"{largest}; it must give [b, C] with C above every label"
                 )
             total.append(

@@ -33,6 +33,18 @@ def of_the_loader(error: BaseException) -> BaseException:
     return error if reason is None or isinstance(error, HGPromptError) else DataError(f"the loader failed: {reason}")
 
 
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Around all that is done while a loader is open: a worker's death as a DataError."""
+    try:
+        yield
+    except Exception as error:
+        failure = of_the_loader(error)
+        if failure is error:
+            raise
+        raise failure from error
+
+
 def failure_in_words(error: Exception, *, has_workers: bool) -> str:
     """Why a loader failed, and where its workers have to do with it, what to do.
 

@@ -226,6 +226,15 @@ def test_unknown_name_and_missing_weights():
         FrozenViT.from_timm(literal.tiny_vit(), img_size=32)
 
 
+def test_preprocessing_that_is_refused_changes_nothing():
+    vit = FrozenViT.from_timm(literal.tiny_vit())
+    before = vit.mean, vit.std
+    for bad in ({"mean": [0.1] * 3, "std": [0.0, 1.0, 1.0]}, {"mean": [0.1] * 3, "std": "abc"}, {"mean": [0.1] * 2}):
+        with pytest.raises(BackboneError):
+            vit.set_preprocessing(**bad)
+        assert (vit.mean, vit.std) == before
+
+
 @pytest.mark.parametrize(
     "options",
     [{"device": "gpu"}, {"device": "cuda:99"}, {"device": 1.5}, {"dtype": "float32"}, {"dtype": torch.int8}],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import literal
 import numpy as np
 import pytest
@@ -186,7 +188,37 @@ def test_bad_batches_change_nothing(features, labels, error, message):
     assert statistics.num_images == 8
 
 
+def test_a_merge_that_has_no_room_changes_nothing():
+    empty, full = EnsembleStatistics(max_bytes=10), _stream(*_data(), [60])
+    with pytest.raises(StatisticsError):
+        empty.merge(full)
+    assert empty.state_dict() == EnsembleStatistics().state_dict()
+
+
+@pytest.mark.parametrize(
+    ("keep", "change"),
+    [
+        ("moments", lambda s: s.update(shape=(7, 9))),
+        ("moments", lambda s: s["moments"][0].update(rows=s["moments"][0]["rows"][:1])),
+        ("moments", lambda s: s["moments"][0].update(class_sums={-1: torch.zeros_like(s["moments"][0]["sums"])})),
+        ("features", lambda s: s.update(dtype="float16")),
+    ],
+    ids=["shape", "rows", "negative label", "dtype"],
+)
+def test_states_that_contradict_themselves(keep, change):
+    state = copy.deepcopy(_stream(*_data(), [60], keep=keep).state_dict())
+    EnsembleStatistics(keep=keep).load_state_dict(state)
+    change(state)
+    with pytest.raises(StatisticsError, match=r"^state "):
+        EnsembleStatistics(keep=keep).load_state_dict(state)
+
+
 def test_empty_statistics_and_bad_options():
+    for options in ({"folds": 2.5}, {"folds": "8"}, {"max_bytes": "1"}, {"shard": (-1, 2)}, {"shard": (0, 0)}):
+        with pytest.raises(OptionError, match=next(iter(options))):
+            EnsembleStatistics(**options)
+    with pytest.raises(StatisticsError, match=r"\[0, 4, 5\]"):
+        EnsembleStatistics().update(torch.zeros(0, 4, 5), torch.arange(4))
     with pytest.raises(StatisticsError, match="empty"):
         EnsembleStatistics().h_score(WEIGHTS)
     with pytest.raises(OptionError, match="folds"):

@@ -1,0 +1,158 @@
+"""hgprompt in somebody else's program: inference mode, file modes, warnings, heads and loaders of the caller's own."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+
+import literal
+import pytest
+import torch
+
+from hgprompt import (
+    DataError,
+    EnsembleStatistics,
+    FrozenViT,
+    HGPromptWarning,
+    OptionError,
+    PromptPool,
+    encode,
+    fast_ensemble,
+    load_backbone,
+    select_prompts,
+)
+from hgprompt.files import write_bytes
+
+PROMPTS = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(1))
+
+
+def _loader():
+    labels = torch.arange(36) % 3
+    images = torch.randn(36, 3, 16, 16, generator=torch.Generator().manual_seed(0)) + labels[:, None, None, None]
+    return [(images[i : i + 9], labels[i : i + 9]) for i in range(0, 36, 9)]
+
+
+@pytest.mark.parametrize("keep", ["features", "moments"])
+def test_statistics_may_begin_in_inference_mode(keep):
+    features, labels = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
+
+    def gather(mode):
+        kept, more = EnsembleStatistics(keep=keep, folds=2), EnsembleStatistics(keep=keep, folds=2)
+        with torch.inference_mode(mode):
+            kept.update(features + 0, labels)
+            more.update(2 * features, labels)
+        kept.update(3 * features, labels)
+        kept.merge(more)
+        return kept.h_score(torch.ones(3))
+
+    assert gather(True) == gather(False)
+
+
+@pytest.mark.parametrize("make", [literal.tiny_vit, lambda: "mini"], ids=["model", "name"])
+def test_a_network_that_was_packed_in_inference_mode_passes_gradients(make):
+    with torch.inference_mode():
+        made = make()
+        vit = load_backbone(made, device="cpu", img_size=16) if made == "mini" else FrozenViT.from_timm(made)
+    prompts = torch.randn(2, 2, vit.width, requires_grad=True)
+    encode(vit, prompts, _loader()[0][0]).sum().backward()
+    assert prompts.grad is not None
+    assert bool(prompts.grad.abs().sum() > 0)
+
+
+def test_files_have_the_modes_of_the_umask_which_is_left_alone(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_bytes(tmp_path / "a", b"a")
+        assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+        def work(name):
+            for _ in range(40):
+                write_bytes(tmp_path / name, b"b")
+
+        writers = [threading.Thread(target=work, args=(f"w{i}",)) for i in range(4)]
+        for thread in writers:
+            thread.start()
+        seen = set()
+        while any(thread.is_alive() for thread in writers):
+            (tmp_path / "other").touch()
+            seen.add((tmp_path / "other").stat().st_mode & 0o777)
+            (tmp_path / "other").unlink()
+        assert seen <= {0o640}
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+
+
+def test_warnings_name_the_callers_line():
+    model = literal.tiny_vit()
+    pool, vit = PromptPool(PROMPTS, backbone=FrozenViT.from_timm(model)), FrozenViT.from_timm(model)
+    vit.set_preprocessing(mean=(0.1, 0.1, 0.1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fast_ensemble(pool, _loader(), backbone=vit)
+        fast_ensemble(PROMPTS, _loader(), backbone=model, head=lambda features: 0 * features[:, :3])
+        vit.info  # noqa: B018 - a line further down, which none of them may name
+    ours = [one for one in caught if issubclass(one.category, HGPromptWarning)]
+    assert {str(one.message)[:11] for one in ours} >= {"the prompts", "prompts ['p"}
+    assert {one.filename for one in ours} == {__file__}
+
+
+def test_heads_in_training_mode():
+    model = literal.tiny_vit()
+    for layer in (torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.1)):
+        head = torch.nn.Sequential(layer, torch.nn.Linear(16, 3))
+        with pytest.raises(OptionError, match=f"{type(layer).__name__}.*eval"):
+            fast_ensemble(PROMPTS, _loader(), backbone=model, head=head)
+        fast_ensemble(PROMPTS, _loader(), backbone=model, head=head.eval())
+    with pytest.raises(DataError, match="gives logits NoneType"):
+        fast_ensemble(PROMPTS, _loader(), backbone=model, head=lambda features: None)
+
+
+def test_normalised_batches_and_batches_of_bytes_do_not_mix():
+    """Together in one sample, bytes would have become floats, and missed the normalisation that they need."""
+    (images, labels), *rest = _loader()
+    in_bytes = (60 * images + 128).clamp(0, 255).to(torch.uint8), labels
+    for loader in ([in_bytes, *rest], [*rest, in_bytes]):
+        with pytest.raises(DataError, match=r"batch \d of the loader is torch\.\w+: uint8 and normalised floats"):
+            fast_ensemble(PROMPTS, loader, backbone=literal.tiny_vit())
+
+
+class _Counted(list):
+    reads = 0
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            self.reads += 1
+            yield batch
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"size": 2.5}, {"size": "2"}, {"size": 9}, {"budget": "x"}, {"num_images": 1.5}, {"shrinkage": "no"},
+        {"impl": "no"},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["halving", "greedy"])
+def test_selection_checks_its_options_before_it_reads(options, method):
+    loader = _Counted(_loader())
+    with pytest.raises(OptionError, match=next(iter(options))):
+        select_prompts(PROMPTS, loader, backbone=literal.tiny_vit(), method=method, **({"size": 2} | options))
+    assert loader.reads == 0
+
+
+def test_what_the_papers_preset_leaves_open_can_be_given():
+    def run(**options):
+        return fast_ensemble(PROMPTS, _loader(), backbone=literal.tiny_vit(), preset="paper", **options)
+
+    assert run().settings["max_steps"] == 1000
+    few = run(max_steps=1, learning_rate=1e-3)
+    assert (few.settings["max_steps"], few.settings["learning_rate"]) == (1, 1e-3)
+    assert not few.converged
+    # One step of 1e-3 from uniform moves no weight further than the gradient is long.
+    assert 0 < float((few.weights - 1 / 3).abs().sum()) < float((run().weights - 1 / 3).abs().sum())
+    # It does not stop at the tolerance, and says whether it was reached.
+    for tolerance in (0.99 * few.gap, 1.01 * few.gap):
+        assert run(max_steps=1, learning_rate=1e-3, gap_tolerance=tolerance).converged == (tolerance > few.gap)
