@@ -215,7 +215,7 @@ class MomentMixture:
         mean [M, h], about the moments' pilot centre. r, n, spread, noise: as for `FeatureMixture`.
     """
 
-    def __init__(self, moments: Moments, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, moments: Moments, dtype: torch.dtype) -> None:
         if moments.count == 0:
             raise StatisticsError("no images are left")
         self.moments = moments

@@ -192,6 +192,13 @@ class Score(Protocol):
     def __call__(self, weights: Vector, /) -> tuple[float, Vector]: ...
 
 
+def mixture_from(statistics: EnsembleStatistics, without_fold: int | None = None) -> FeatureMixture | MomentMixture:
+    """The mixed features of one pass, whichever representation its statistics keep, optionally without one fold."""
+    if statistics.keeps == "features":
+        return FeatureMixture(*statistics.features_and_labels(without_fold))
+    return MomentMixture(statistics.moments(without_fold), statistics.dtype)
+
+
 class HScore:
     """H_a(α) of the mixed features Σα_i f_i, and its gradient, from the statistics of one pass.
 
@@ -215,11 +222,7 @@ class HScore:
         shrinkage: Shrinkage = "auto",
         without_fold: int | None = None,
     ) -> None:
-        mixture: FeatureMixture | MomentMixture
-        if statistics.keeps == "features":
-            mixture = FeatureMixture(*statistics.features_and_labels(without_fold))
-        else:
-            mixture = MomentMixture(statistics.moments(without_fold), statistics.dtype)
+        mixture = mixture_from(statistics, without_fold)
         self._statistics, self.mixture = statistics, mixture
         self.evaluations = 0
         self.num_images = mixture.n

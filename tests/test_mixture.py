@@ -47,7 +47,7 @@ def test_traces_are_those_of_the_covariances(shape):
     f = (features - features.mean(1, keepdim=True)).numpy()
     expected = np.einsum("inh,jnh->ij", f, f) / shape[0]
     statistics = statistics_of(features, labels, "moments")
-    for mixture in (FeatureMixture(features, labels), MomentMixture(statistics.moments())):
+    for mixture in (FeatureMixture(features, labels), MomentMixture(statistics.moments(), features.dtype)):
         np.testing.assert_allclose(mixture.traces, expected, rtol=1e-10)
 
 
@@ -60,7 +60,7 @@ def test_in_a_complete_basis_a_projection_is_the_whole(shape):
     growing = FeatureProjection(whole)
     growing.onto(basis[:, :2], 0)
     growing.onto(basis[:, :5], 2)
-    moments = MomentProjection(MomentMixture(statistics_of(features, labels, "moments").moments()))
+    moments = MomentProjection(MomentMixture(statistics_of(features, labels, "moments").moments(), features.dtype))
     value, gradient = whole.value_and_gradient(WEIGHTS, 0.1)
     for projection in (growing.onto(basis, 5), moments.onto(basis, 0)):
         ours, slope = projection.value_and_gradient(WEIGHTS, 0.1)

@@ -32,8 +32,7 @@ from torch import Tensor
 from hgprompt import simplex
 from hgprompt.arguments import kind_of
 from hgprompt.errors import DataError, OptionError, PromptError
-from hgprompt.moments import class_sums
-from hgprompt.objective import cosine_loss, gram_of, unit_gradients
+from hgprompt.objective import cosine_loss, gram_of, mixture_from, unit_gradients
 from hgprompt.simplex import Vector
 from hgprompt.statistics import EnsembleStatistics
 
@@ -356,14 +355,12 @@ class TraceRatio:
             DataError: fewer than two classes. PromptError: a prompt whose features are constant. StatisticsError: the
                 statistics are empty.
         """
-        found = _from_features if statistics.keeps == "features" else _from_moments
-        means, offsets, counts, total = found(statistics, without_fold)
-        # Spread no larger than the rounding of features that are all the same in their dtype.
-        rounding, spread = 2 * torch.finfo(statistics.dtype).eps, total.diagonal()
-        varied = spread > rounding**2 * (means.square().sum(1) + spread)
-        _require_all(varied.cpu().numpy(), "give the same feature for every image")
-        r = (offsets * (counts / counts.sum()).sqrt()[:, None]).flatten(1)
-        return cls(r @ r.T, total)
+        mixture = mixture_from(statistics, without_fold)
+        if mixture.r.shape[1] < 2:
+            raise DataError(f"a trace ratio needs images of at least two classes, got {mixture.r.shape[1]}")
+        _require_all((mixture.spread > mixture.noise).cpu().numpy(), "give the same feature for every image")
+        r = mixture.r.flatten(1)
+        return cls(r @ r.T, mixture.traces)
 
     def __call__(self, weights: Vector) -> tuple[float, Vector]:
         """α [M] → -tr B / tr Σ and gradient [M]."""
@@ -394,37 +391,6 @@ def top_k(weights: ArrayLike | Tensor, k: int) -> Vector:
     sparse = np.zeros_like(point)
     sparse[kept] = simplex.project(point[kept])
     return sparse
-
-
-def _from_features(statistics: EnsembleStatistics, without_fold: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Means [M, h], class means about them [M, C, h], images per class [C], tr C_ij [M, M], all float64."""
-    features, labels = statistics.features_and_labels(without_fold)
-    _, index, counts = labels.unique(return_inverse=True, return_counts=True)
-    _require_classes(len(counts))
-    f = features.double()
-    means, counts = f.mean(1), counts.to(f)
-    f = f - means[:, None]
-    offsets = class_sums(f, index, len(counts)) / counts[:, None]
-    return means, offsets, counts, f.flatten(1) @ f.flatten(1).T / f.shape[1]
-
-
-def _from_moments(statistics: EnsembleStatistics, without_fold: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `_from_features`."""
-    moments = statistics.moments(without_fold)
-    classes = sorted(moments.class_sums)
-    _require_classes(len(classes))
-    assert moments.centre is not None
-    mean = moments.sums / moments.count  # about the pilot centre, as the class sums
-    counts = mean.new_tensor([moments.class_counts[c] for c in classes])
-    class_means = torch.stack([moments.class_sums[c] for c in classes], dim=1) / counts[:, None]
-    eye = torch.eye(moments.width, dtype=mean.dtype, device=mean.device)
-    total = moments.inner(eye) / moments.count - mean @ mean.T
-    return moments.centre + mean, class_means - mean[:, None], counts, total
-
-
-def _require_classes(number: int) -> None:
-    if number < 2:
-        raise DataError(f"a trace ratio needs images of at least two classes, got {number}")
 
 
 def _quotient(top: Matrix, bottom: Matrix, weights: Vector, otherwise: float) -> tuple[float, Vector]:

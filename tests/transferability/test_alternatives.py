@@ -581,7 +581,7 @@ def test_bad_statistics(keep):
         TraceRatio.from_statistics(EnsembleStatistics(keep=keep))
     with pytest.raises(DataError, match="two classes"):
         TraceRatio.from_statistics(_statistics(features, 0 * labels, keep))
-    with pytest.raises(DataError, match="two classes"):
+    with pytest.raises(StatisticsError, match="no images are left"):
         TraceRatio.from_statistics(_statistics(features, labels, keep), without_fold=0)
     features[1] = 2.5
     with pytest.raises(PromptError, match=r"\[1\]"):
