@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from hgprompt.errors import OptionError
-from hgprompt.objective import Alignment, HScore, Objective, Shrinkage
+from hgprompt.objective import HScore, Objective, Shrinkage
 from hgprompt.optimize import Solution, WeightProblem
 from hgprompt.simplex import Vector, quasi_newton
 from hgprompt.statistics import EnsembleStatistics
 
 _NO_WEIGHT = 1e-6
+_BEAM = 3  # mixtures that go on
 
 
 @dataclass(frozen=True)
@@ -41,27 +42,23 @@ def greedy_selection(
     statistics: EnsembleStatistics,
     size: int,
     *,
-    gram: Tensor | None = None,
-    lam: float = 0.0,
     shrinkage: Shrinkage = "auto",
-    width: int = 3,
     tolerance: float = 1e-4,
 ) -> Ranking:
-    """The prompts that minimise -H/(C-1) + λ L_align together, by greedy forward selection.
+    """The prompts that minimise -H/(C-1) together, by greedy forward selection.
 
     A beam of mixtures grows by a prompt a step, from the prompts that are best alone. Each mixture is tried half and
-    half with every candidate; over the best of these the objective is minimised, and `width` mixtures go on. What is
+    half with every candidate; over the best of these the objective is minimised, and three mixtures go on. What is
     tried is the objective itself: the discriminants of a prompt hardly see the classes that another one tells apart, so
     that a good pair often lies beyond a local minimum at each of the two, where no slope leads. Candidates are the
     prompts that are best alone and those that the best mixture wants most, by slope; over the one that it wants most
-    the objective is minimised in any case. The prompts that are best alone are tried as a set, too. With λ = 0 the
-    search ends when a step gains nothing: the best mixtures are of few prompts. Prompts without weight follow, in turn
-    those that are best alone and those that the minimum wants most.
+    the objective is minimised in any case. The prompts that are best alone are tried as a set, too. The search ends
+    when a step gains nothing: the best mixtures are of few prompts. Prompts without weight follow, in turn those that
+    are best alone and those that the minimum wants most.
 
     Args:
         statistics: of κ prompts. size: prompts to take, at most κ.
-        gram, lam, shrinkage: as for `hgprompt.optimize_weights`; prompts are aligned with the mean of those taken.
-        width: mixtures that go on. tolerance: Frank–Wolfe gap of each minimisation.
+        shrinkage: as for `hgprompt.optimize_weights`. tolerance: Frank–Wolfe gap of each minimisation.
 
     Raises:
         OptionError: size is not from 1 to κ. DataError, PromptError: as for `hgprompt.optimize_weights`.
@@ -71,14 +68,9 @@ def greedy_selection(
     score = HScore(statistics, shrinkage=shrinkage)
     alone = alone_scores(score, count)
     best_alone = (-alone).argsort(kind="stable").tolist()
-    search = _Search(statistics, score, None if gram is None else gram.detach().cpu().double(), lam, tolerance)
-    best, ended = search.grow(best_alone, size, width), best_alone[:size]
-    together = WeightProblem(
-        statistics.select(ended),
-        None if gram is None else gram[ended][:, ended],
-        shrinkage=score.intensity,
-        tolerance=tolerance,
-    ).solve(lam)
+    search = _Search(statistics, score, tolerance)
+    best, ended = search.grow(best_alone, size), best_alone[:size]
+    together = WeightProblem(statistics.select(ended), shrinkage=score.intensity, tolerance=tolerance).solve(0.0)
     if together.diagnostics.objective < best.value:
         best = _Mixture(together.diagnostics.objective, tuple(ended), together.weights.numpy())
     weights = search.on_all(best)
@@ -132,13 +124,11 @@ class _Search:
 
     statistics: EnsembleStatistics
     score: HScore
-    gram: Tensor | None
-    lam: float
     tolerance: float
 
-    def grow(self, best_alone: Sequence[int], size: int, width: int) -> _Mixture:
-        """The best mixture found of at most `size` prompts; of just as many where λ > 0."""
-        beam = [self._at((i,), np.ones(1)) for i in best_alone[: 2 * width]]
+    def grow(self, best_alone: Sequence[int], size: int) -> _Mixture:
+        """The best mixture found of at most `size` prompts."""
+        beam = [self._at((i,), np.ones(1)) for i in best_alone[: 2 * _BEAM]]
         for _ in range(size - 1):
             leader = min(beam, key=_value)
             wanted = [i for i in self.slopes(leader).argsort(kind="stable").tolist() if i not in leader.prompts]
@@ -149,15 +139,12 @@ class _Search:
                     key = frozenset((*mixture.prompts, i))
                     if i not in mixture.prompts and key not in trials:
                         trials[key] = self._half(mixture, i)
-            promising = sorted(trials.values(), key=_value)[:width]
+            promising = sorted(trials.values(), key=_value)[:_BEAM]
             promising += [self._half(leader, i) for i in wanted[:1]]
             grown = [self._minimised(mixture) for mixture in promising]
-            if self.lam:
-                beam = sorted(grown, key=_value)[:width] or beam
-                continue
             before = min(map(_value, beam))
             distinct = {frozenset(m.prompts): m for m in sorted([*grown, *beam], key=_value, reverse=True)}
-            beam = sorted(distinct.values(), key=_value)[:width]
+            beam = sorted(distinct.values(), key=_value)[:_BEAM]
             if beam[0].value > before - self.tolerance:
                 break
         return beam[0]
@@ -175,9 +162,6 @@ class _Search:
     def _at(self, prompts: tuple[int, ...], weights: Vector) -> _Mixture:
         mixture = _Mixture(0.0, prompts, weights)
         value = -self.score.evaluate(self.on_all(mixture))[0] / (self.score.num_classes - 1)
-        alignment = self._alignment(prompts)
-        if alignment is not None and self.lam:
-            value += self.lam * alignment(weights)[0]
         return dataclasses.replace(mixture, value=value)
 
     def _half(self, mixture: _Mixture, prompt: int) -> _Mixture:
@@ -185,16 +169,10 @@ class _Search:
 
     def _minimised(self, mixture: _Mixture) -> _Mixture:
         part = HScore(self.statistics.select(list(mixture.prompts)), shrinkage=self.score.intensity)
-        objective = Objective(part, self._alignment(mixture.prompts), self.lam)
-        found = quasi_newton(objective, mixture.weights, tolerance=self.tolerance)
-        if self.lam:
-            return _Mixture(found.value, mixture.prompts, found.weights)
+        found = quasi_newton(Objective(part, None, 0.0), mixture.weights, tolerance=self.tolerance)
         kept = found.weights > _NO_WEIGHT
         weights = found.weights[kept] / found.weights[kept].sum()
         return _Mixture(found.value, tuple(np.array(mixture.prompts)[kept].tolist()), weights)
-
-    def _alignment(self, prompts: tuple[int, ...]) -> Alignment | None:
-        return None if self.gram is None else Alignment(self.gram[list(prompts)][:, list(prompts)].numpy())
 
 
 def _value(mixture: _Mixture) -> float:
