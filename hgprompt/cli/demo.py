@@ -19,7 +19,7 @@ def demo(
     ] = Path("hgprompt-demo"),
     quick: Annotated[bool, typer.Option("--quick", help="A minute or two: fewer images and epochs.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Patience: more images, epochs and seeds.")] = False,
-    target: Annotated[str | None, typer.Option(help="The procedural task that is held out.")] = None,
+    target: Annotated[str | None, typer.Option(help=f"The task that is held out: {options.PROCEDURAL_NAMES}.")] = None,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     as_json: options.AsJson = False,
@@ -44,7 +44,7 @@ def demo(
     check_plan(plan, out)
     began = time.perf_counter()
     with output_directory(out):
-        vit = options.load_backbone(None, "mini", None, device, dtype)
+        vit = options.load_backbone(None, "mini", device=device, dtype=dtype)
         if not as_json:
             typer.echo(
                 f"Five prompts are tuned on five tasks ({plan.source_images} images, {plan.source_epochs} epochs "

@@ -20,6 +20,9 @@ def ensemble(
     backbone: options.Backbone = None,
     weights: options.Weights = None,
     image_size: options.ImageSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    interpolation: options.Interpolation = None,
     split: options.Split = "train800val200",
     limit: options.Limit = None,
     bad_images: options.BadImages = "stop",
@@ -27,7 +30,7 @@ def ensemble(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Leave this prompt of the pool out; may be given several times.")
     ] = None,
-    lam: Annotated[float, typer.Option("--lambda", help="Pull of gradient alignment (λ of Eq. 12).", min=0.0)] = 1.0,
+    lam: options.Lambda = 1.0,
     shrinkage: Annotated[
         str, typer.Option(help="auto, ledoit-wolf, oas, or a number in [0, 1); 0 is Eq. 5 to the letter.")
     ] = "auto",
@@ -77,7 +80,10 @@ def ensemble(
         prompts = prompts.without(*exclude)
     with job(device) as mine, output_directory(out) if mine.first else contextlib.nullcontext():
         quiet = quiet or as_json or not mine.first
-        vit = options.load_backbone(prompts.backbone, backbone, weights, device, dtype, image_size)
+        vit = options.load_backbone(
+            prompts.backbone, backbone, weights=weights, device=device, dtype=dtype, image_size=image_size, mean=mean,
+            std=std, interpolation=interpolation,
+        )  # fmt: skip
         images = options.load_images(
             data, split, vit, limit=limit, quiet=quiet, bad_images=bad_images, follow_links=follow_links
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 PROCEDURAL = "procedural:"
 BACKBONE_PANEL, TRAINING_PANEL, OUTPUT_PANEL = "Backbone", "Training", "Output"
+PROCEDURAL_NAMES = "sprite-x-location, sprite-orientation, object-count, nearest-distance, azimuth, elevation"
 _DATA_HELP = (
-    "a VTAB-1k folder, a folder with one sub-folder of images per class, or procedural:NAME "
-    "(sprite-x-location, sprite-orientation, object-count, nearest-distance, azimuth, elevation)."
+    f"a VTAB-1k folder, a folder with one sub-folder of images per class, or procedural:NAME ({PROCEDURAL_NAMES})."
 )
 
 Data = Annotated[str, typer.Argument(help="The new task: " + _DATA_HELP, show_default=False, metavar="DATA")]
@@ -53,13 +53,14 @@ ImageSize = Annotated[
         rich_help_panel=BACKBONE_PANEL,
     ),
 ]
+Lambda = Annotated[float, typer.Option("--lambda", "--lam", help="Pull of gradient alignment (λ of Eq. 12).", min=0.0)]
 Split = Annotated[str, typer.Option(help="Which split file of a VTAB-1k folder.")]
 Limit = Annotated[
     int | None,
-    typer.Option(help="Use at most this many images, classes in turn; of a procedural task, 1000.", min=1),
+    typer.Option(help="Use at most this many images, classes in turn; default: all, of a procedural task 1000.", min=1),
 ]
 BadImages = Annotated[
-    str,
+    Literal["stop", "skip"],
     typer.Option(
         "--bad-images",
         help="What becomes of an image that cannot be read: stop, or skip (left out, counted and named; an error where "
@@ -80,10 +81,11 @@ AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON on stdout and nothing else.", rich_help_panel=OUTPUT_PANEL)
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.", rich_help_panel=OUTPUT_PANEL)]
+Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Dtype = Annotated[
-    str,
+    Precision,
     typer.Option(
-        help="float32, bfloat16, float16, float64, or auto: bfloat16 where the hardware multiplies it.",
+        help="Of the network's numbers; auto: bfloat16 where the hardware multiplies it.",
         rich_help_panel=BACKBONE_PANEL,
     ),
 ]
@@ -96,7 +98,10 @@ Seed = Annotated[
 ]  # fmt: skip
 Epochs = Annotated[int, typer.Option(help="Passes over the training images.", min=1, rich_help_panel=TRAINING_PANEL)]
 BatchSize = Annotated[int, typer.Option(help="Images per step.", min=1, rich_help_panel=TRAINING_PANEL)]
-Optimizer = Annotated[str, typer.Option(help="sgd (momentum 0.9) or adamw.", rich_help_panel=TRAINING_PANEL)]
+Optimizer = Annotated[
+    Literal["sgd", "adamw"],
+    typer.Option(help="sgd: with momentum 0.9; VPT's rates for it are 5 to 25.", rich_help_panel=TRAINING_PANEL),
+]
 LearningRate = Annotated[
     float,
     typer.Option(
@@ -116,7 +121,7 @@ HeadLearningRate = Annotated[
     ),
 ]
 HeadStart = Annotated[
-    str,
+    Literal["random", "fitted"],
     typer.Option(
         "--head",
         help="What the linear head starts as: random, or fitted to the training images in closed form (one more pass).",
@@ -147,9 +152,9 @@ Std = Annotated[
     typer.Option(help="Their standard deviation, likewise.", show_default=False, rich_help_panel=BACKBONE_PANEL),
 ]
 Interpolation = Annotated[
-    str | None,
+    Literal["bicubic", "bilinear", "nearest", "lanczos"] | None,
     typer.Option(
-        help="Resize filter: bicubic, bilinear, nearest or lanczos; default: the pool's, or timm's.",
+        help="Resize filter; default: the pool's, or timm's.",
         show_default=False,
         rich_help_panel=BACKBONE_PANEL,
     ),
@@ -159,9 +164,10 @@ Interpolation = Annotated[
 def load_backbone(
     info: BackboneInfo | None,
     name: str | None,
-    weights: Path | None,
+    *,
     device: str | None,
-    dtype: str,
+    dtype: Precision,
+    weights: Path | None = None,
     image_size: int | None = None,
     default: str | None = None,
     mean: str | None = None,
@@ -215,18 +221,13 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
         raise OptionError(f"--{option} must be numbers with commas between them, got {text!r}") from error
 
 
-def _dtype(name: str, device: str) -> torch.dtype:
+def _dtype(name: Precision, device: str) -> torch.dtype:
     import torch
 
     from hgprompt.bundled import fast_dtype
-    from hgprompt.errors import OptionError
 
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-    if name == "auto":
-        return fast_dtype(device)
-    if name not in kinds:
-        raise OptionError(f"--dtype must be auto, {', '.join(kinds)}; got {name!r}")
-    return kinds[name]
+    found: torch.dtype = fast_dtype(device) if name == "auto" else getattr(torch, name)
+    return found
 
 
 def load_images(
@@ -236,7 +237,7 @@ def load_images(
     *,
     limit: int | None,
     quiet: bool = True,
-    bad_images: str = "stop",
+    bad_images: Literal["stop", "skip"] = "stop",
     follow_links: bool = False,
 ) -> LabelledImages | ImageDataset:
     """The images of a folder, or rendered ones. The same limit means the same images in every command."""
@@ -257,7 +258,7 @@ def load_images(
             interpolation=vit.interpolation,
             limit=limit,
             report=lambda done, total: report("decoding", done, total),
-            bad_images=bad_images,  # type: ignore[arg-type]
+            bad_images=bad_images,
         )
 
 

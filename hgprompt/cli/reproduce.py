@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -51,22 +51,21 @@ def reproduce(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Rows of table1, panels of fig4, with commas. Default: all.", show_default=False,
-            rich_help_panel=_PROTOCOL,
+            help="Rows of table1 or panels of fig4, named as there, with commas; also HGPrompt λ=0, or of any other λ. "
+            "Default: all.", show_default=False, rich_help_panel=_PROTOCOL,
         ),
     ] = None,
     seeds: Annotated[
         str, typer.Option(help="Of the repetitions, with commas.", rich_help_panel=_PROTOCOL)
     ] = "42,44,82",
     grid: Annotated[
-        str,
+        Literal["full", "rates", "quick"],
         typer.Option(
-            help="What competes on the validation images: full (VPT's 10 rates × 4 weight decays), rates (those 10) "
-            "or quick (4 of them).",
+            help="What competes on the validation images: VPT's 10 rates × 4 weight decays, those 10, or 4 of them.",
             rich_help_panel=_PROTOCOL,
         ),
     ] = "full",
-    lam: Annotated[float, typer.Option("--lam", help="λ of Eq. 12.", min=0.0, rich_help_panel=_PROTOCOL)] = 1.0,
+    lam: options.Lambda = 1.0,
     test_limit: Annotated[
         int | None,
         typer.Option(
@@ -134,8 +133,8 @@ def reproduce(
     for line in suite.lines():
         say(line)
     vit = options.load_backbone(
-        None if known is None else known.backbone, backbone, weights, device or own_gpu(), dtype, image_size, "mini",
-        mean, std, interpolation,
+        None if known is None else known.backbone, backbone, weights=weights, device=device or own_gpu(), dtype=dtype,
+        image_size=image_size, default="mini", mean=mean, std=std, interpolation=interpolation,
     )  # fmt: skip
 
     def model() -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,9 +18,9 @@ def select(
         Path, typer.Option("--out", "-o", help="Where to write their pool.", rich_help_panel=options.OUTPUT_PANEL)
     ] = Path("selected.safetensors"),
     method: Annotated[
-        str,
+        Literal["halving", "greedy", "ranking"],
         typer.Option(
-            help="halving (poor prompts see few images), greedy (every prompt sees all), or ranking (by H alone)."
+            help="halving: poor prompts see few images; greedy: every prompt sees all; ranking: each by its H alone."
         ),
     ] = "halving",
     full_evaluation: Annotated[
@@ -29,6 +29,9 @@ def select(
     backbone: options.Backbone = None,
     weights: options.Weights = None,
     image_size: options.ImageSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    interpolation: options.Interpolation = None,
     split: options.Split = "train800val200",
     limit: options.Limit = None,
     bad_images: options.BadImages = "stop",
@@ -54,7 +57,10 @@ def select(
     if out.is_dir():
         raise OptionError(f"--out {out} is a folder: give the file of the new pool, such as {out / 'pool.safetensors'}")
     make_directory(out.parent)
-    vit = options.load_backbone(prompts.backbone, backbone, weights, device, dtype, image_size)
+    vit = options.load_backbone(
+        prompts.backbone, backbone, weights=weights, device=device, dtype=dtype, image_size=image_size, mean=mean,
+        std=std, interpolation=interpolation,
+    )  # fmt: skip
     images = options.load_images(
         data, split, vit, limit=limit, quiet=quiet or as_json, bad_images=bad_images, follow_links=follow_links
     )
@@ -63,7 +69,7 @@ def select(
         options.batches(images, batch_size, seed=seed),
         size=size,
         backbone=vit,
-        method=method,  # type: ignore[arg-type]
+        method=method,
         num_images=len(images),
         full_evaluation=full_evaluation,
         progress=not (quiet or as_json),

@@ -77,7 +77,7 @@ def train_source(
     from hgprompt.errors import OptionError
     from hgprompt.files import locked, make_directory
     from hgprompt.pool import PromptPool, check_name
-    from hgprompt.tuning import random_prompt
+    from hgprompt.tuning import TuneConfig, random_prompt
     from hgprompt.tuning import tune as run
 
     if name is not None and len(data) > 1:
@@ -87,13 +87,17 @@ def train_source(
         check_name(each)
     known = PromptPool.load(pool) if pool.exists() else None
     vit = options.load_backbone(
-        None if known is None else known.backbone, backbone, weights, device, dtype, image_size, "mini", mean, std,
-        interpolation,
+        None if known is None else known.backbone, backbone, weights=weights, device=device, dtype=dtype,
+        image_size=image_size, default="mini", mean=mean, std=std, interpolation=interpolation,
     )  # fmt: skip
     if known is not None:
         deep, tokens, seed = _as_in_the_pool(known, pool, vit, deep, tokens, seed)
     tokens, seed = tokens or 10, 0 if seed is None else seed  # none of the seeds that runs have by default
-    config = _config(epochs, batch_size, optimizer, lr, head_lr, weight_decay, warmup, prompt_dropout, seed)
+    config = TuneConfig(
+        epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,
+        head_lr=lr / 4 if head_lr is None else head_lr, weight_decay=weight_decay, warmup=warmup,
+        prompt_dropout=prompt_dropout, seed=seed,
+    )  # fmt: skip
     make_directory(pool.parent)
     # What cannot be read is an error before the work, not in the middle of it.
     read = functools.partial(
@@ -184,7 +188,7 @@ def tune(
     from hgprompt.errors import OptionError
     from hgprompt.files import output_directory
     from hgprompt.plots import plot_tuning
-    from hgprompt.tuning import random_prompt
+    from hgprompt.tuning import TuneConfig, random_prompt
     from hgprompt.tuning import tune as run
 
     prompt, info = _start(start)
@@ -192,9 +196,14 @@ def tune(
         raise OptionError("--tokens and --deep are of a random start: this one has its own")
     with output_directory(out):
         vit = options.load_backbone(
-            info, backbone, weights, device, dtype, image_size, "mini", mean, std, interpolation
-        )
-        config = _config(epochs, batch_size, optimizer, lr, head_lr, weight_decay, warmup, prompt_dropout, seed)
+            info, backbone, weights=weights, device=device, dtype=dtype, image_size=image_size, default="mini",
+            mean=mean, std=std, interpolation=interpolation,
+        )  # fmt: skip
+        config = TuneConfig(
+        epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,
+        head_lr=lr / 4 if head_lr is None else head_lr, weight_decay=weight_decay, warmup=warmup,
+        prompt_dropout=prompt_dropout, seed=seed,
+    )  # fmt: skip
         read = functools.partial(
             options.load_images, quiet=quiet or as_json, bad_images=bad_images, follow_links=follow_links
         )
@@ -206,7 +215,7 @@ def tune(
             _check_backbone(info, vit, start)
         checkpoint = out / "checkpoint.safetensors"
         result = run(
-            vit, {_start_name(start): prompt}, images, test=tested, config=config, head=head,  # type: ignore[arg-type]
+            vit, {_start_name(start): prompt}, images, test=tested, config=config, head=head,
             evaluate_every=evaluate_every, checkpoint=checkpoint, progress=not (quiet or as_json),
             workers=available_cores(),
         )  # fmt: skip
@@ -220,26 +229,6 @@ def tune(
         return
     show.print_tuned(result)
     show.print_files(files)
-
-
-def _config(
-    epochs: int,
-    batch_size: int,
-    optimizer: str,
-    lr: float,
-    head_lr: float | None,
-    weight_decay: float,
-    warmup: float,
-    prompt_dropout: float,
-    seed: int,
-) -> TuneConfig:
-    from hgprompt.tuning import TuneConfig
-
-    return TuneConfig(
-        epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,  # type: ignore[arg-type]
-        head_lr=lr / 4 if head_lr is None else head_lr, weight_decay=weight_decay, warmup=warmup,
-        prompt_dropout=prompt_dropout, seed=seed,
-    )  # fmt: skip
 
 
 def _as_in_the_pool(

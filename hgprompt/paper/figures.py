@@ -14,9 +14,7 @@ from hgprompt.plots import GREY, LINES, new_figure, plain, save_figure, shortene
 Matrix = NDArray[np.float64]
 
 
-def plot_matrix(
-    matrix: Matrix, names: Sequence[str], title: str, path: str | Path, *, label: str = "cosine similarity"
-) -> None:
+def plot_matrix(matrix: Matrix, names: Sequence[str], title: str, path: str | Path) -> None:
     """Fig. 3: cosines of the sources' gradients, [M, M] in -1 … 1; NaN is left blank.
 
     Raises:
@@ -28,7 +26,7 @@ def plot_matrix(
     picture = axis.imshow(matrix, cmap="PuOr", vmin=-1, vmax=1)
     _cells(axis, matrix, names, names, threshold=0.65, digits=len(names) <= 14)
     axis.set_title(shortened(title, 200))
-    figure.colorbar(picture, ax=axis, shrink=0.82, label=label)
+    figure.colorbar(picture, ax=axis, shrink=0.82, label="cosine similarity")
     save_figure(figure, Path(path))
 
 

@@ -85,7 +85,6 @@ def accuracy_table(
     tasks: Sequence[TaskFolder],
     *,
     parameters: Mapping[str, int] | None = None,
-    groups: bool = True,
 ) -> Table:
     """A table of methods × tasks.
 
@@ -93,10 +92,9 @@ def accuracy_table(
         title: of the column of row names.
         accuracies: {row: {task: accuracies in 0 … 1, one per seed}}; what is missing is left open.
         tasks: the columns, in order. parameters: {row: trained numbers}.
-        groups: whether each of VTAB's groups has its mean, where there are several groups.
     """
     present = [g for g in GROUPS if any(task.group == g for task in tasks)]
-    means = {g.capitalize(): [t for t in tasks if t.group == g] for g in present} if groups and len(present) > 1 else {}
+    means = {g.capitalize(): [t for t in tasks if t.group == g] for g in present} if len(present) > 1 else {}
     means["Average"] = list(tasks)
     rows = {}
     for row, of_task in accuracies.items():

@@ -220,7 +220,7 @@ def select_and_retrain(
         ]
         best = choose(judged)
         selected = time.perf_counter()
-        chosen = dataclasses.replace(points[best], seed=seeds[0])
+        chosen = points[best]
         finals = [dataclasses.replace(chosen, seed=seed) for seed in seeds]
         prepared, trained = run(setting1000, finals, test, "final")
     return Outcome(

@@ -113,7 +113,7 @@ def test_bad_images_stop_or_are_skipped_and_named(place):
     assert (skipped["count"], skipped["total"]) == (1, 24)
     report = json.loads((place / "torn_out" / "report.json").read_text())
     assert report["settings"]["skipped_images"] == [skipped]
-    assert _run(place, *command, "--bad-images", "ignore").returncode == 1
+    assert _run(place, *command, "--bad-images", "ignore").returncode == 2
 
 
 def test_links_out_of_a_folder_are_followed_where_that_is_asked_for(place):
@@ -139,7 +139,8 @@ def test_links_out_of_a_folder_are_followed_where_that_is_asked_for(place):
         ((*ENSEMBLE, "--exclude", "cat"), 1, "did you mean 'cats'"),
         ((*ENSEMBLE, "-o", "weights.safetensors"), 1, "cannot make the directory"),
         ((*ENSEMBLE, "--shrinkage", "2"), 1, "shrinkage"),
-        ((*ENSEMBLE, "--dtype", "int3"), 1, "--dtype"),
+        ((*ENSEMBLE, "--dtype", "int3"), 2, "'float32', 'bfloat16'"),
+        ((*ENSEMBLE, "--mean", "0.5"), 1, "mean must be 3 finite numbers"),
         ((*ENSEMBLE, "--backbone", "vit_small_patch16_224"), 1, "does not fit"),
         ((*ENSEMBLE, "--lambda", "-1"), 2, "lambda"),
         (("ensemble",), 2, "Missing argument"),

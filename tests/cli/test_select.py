@@ -50,9 +50,13 @@ def test_writes_the_pool_of_the_prompts_selected(place):
 
 
 def test_errors_are_one_line(place):
-    for arguments, message in ((("--size", "9"), "size must be"), (("--size", "2", "--method", "x"), "method must be")):
-        done = _run(place, *arguments, "--limit", "40", "--out", "none.safetensors")
-        assert done.returncode == 1
-        assert message in done.stderr
+    for arguments, code, message in (
+        (("--size", "9"), 1, "size must be"),
+        (("--size", "2", "--out", "."), 1, "--out . is a folder"),
+        (("--size", "2", "--method", "x"), 2, "'halving', 'greedy', 'ranking'"),
+    ):
+        done = _run(place, "--limit", "40", "--out", "none.safetensors", *arguments)
+        assert done.returncode == code
+        assert message in " ".join(done.stderr.split())
         assert "Traceback" not in done.stderr
         assert not (place / "none.safetensors").exists()
