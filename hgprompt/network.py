@@ -29,8 +29,9 @@ from hgprompt.kernels.mlp import hidden
 from hgprompt.kernels.norm import normalize
 
 if TYPE_CHECKING:
-    from hgprompt.backbone import FrozenViT, NormSpec, PackedBlock, PackedNorm
+    from hgprompt.backbone import FrozenViT
     from hgprompt.operations import Operations
+    from hgprompt.packing import NormSpec, PackedBlock, PackedNorm
 
 
 @dataclass(frozen=True)
