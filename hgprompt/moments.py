@@ -91,7 +91,7 @@ class Moments:
             # library's float64 products.
             add = kernels.add_moments if x.dtype.itemsize < 4 else kernels.add_moments_reference
             add(self.rows, x, self.centre)
-            uniform = mix(x, self.centre, torch.full((len(x),), 1 / len(x), dtype=torch.float64, device="cpu"))
+            uniform = mix(x, self.centre, x.new_full((len(x),), 1 / len(x), dtype=torch.float64))
         else:
             y = x.double() - self.centre[:, None]
             sums = class_sums(y, index, len(classes))

@@ -16,6 +16,7 @@ from hgprompt.distributed import Ranks, slices
 from hgprompt.encoder import Impl, MicroBatch, encode, pull_back
 from hgprompt.errors import DataError
 from hgprompt.inputs import images_in, num_batches, read, same_batches
+from hgprompt.kernels.compiler import copied
 from hgprompt.objective import h_score
 from hgprompt.progress import Reporter
 from hgprompt.sample import ImageSample
@@ -227,10 +228,10 @@ class Pass:
         features: Tensor | None = None
         for k in fold_of.unique().tolist():
             chosen = torch.nonzero(fold_of == k).flatten()
-            part = self._add_gradients(k, images[chosen.to(images.device)], labels[chosen], loss)
+            part = self._add_gradients(k, images[copied(chosen, images.device)], labels[chosen], loss)
             if features is None:
                 features = part.new_empty(len(part), len(images), part.shape[2])
-            features[:, chosen.to(part.device)] = part
+            features[:, copied(chosen, part.device)] = part
         assert features is not None
         return features
 

@@ -438,10 +438,13 @@ def _segment_setup(ctx, inputs, output):
     q1, k1, v1, q2, k2, v2, scale = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q1, k1, v1, q2, k2, v2, *output)
+    ctx.set_materialize_grads(False)
     ctx.scale = scale
 
 
 def _segment_backward(ctx, dout, _):
+    if dout is None:
+        return (None,) * 7
     q1, k1, v1, q2, k2, v2, out, lse = ctx.saved_tensors
     n = ctx.needs_input_grad
     needed = [n[0], n[1] or n[2], n[3], n[4] or n[5]]
@@ -490,10 +493,13 @@ def _packed_setup(ctx, inputs, output):
     qkv, k2, v2, scale = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(qkv, k2, v2, *output)
+    ctx.set_materialize_grads(False)
     ctx.scale = scale
 
 
 def _packed_backward(ctx, dout, _):
+    if dout is None:
+        return (None,) * 4
     qkv, k2, v2, out, lse = ctx.saved_tensors
     dqkv, dk2, dv2 = torch.ops.hgprompt.packed_attention_backward(dout, out, lse, qkv, k2, v2, ctx.scale)
     return dqkv, None if k2 is None else dk2, None if v2 is None else dv2, None

@@ -43,11 +43,11 @@ def _tile(whole, parts, fold, m, d, M, D, p_k, PARTS: tl.constexpr):
 
 @jit
 def _scale(x):
-    """Per row, the power of two that brings its largest element to about 1: the products of tiny gradients, and TF32's
-    remainders of them, stay within float32's range."""
+    """Per row, the power of two that brings its largest element to about 1, and its inverse: the products of tiny
+    gradients, and TF32's remainders of them, stay within float32's range."""
     largest = tl.minimum(tl.maximum(tl.max(tl.abs(x), 1), 2.0**-100), 2.0**100)
     exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
-    return (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+    return (0x7F000000 - exponent).to(tl.float32, bitcast=True), exponent.to(tl.float32, bitcast=True)
 
 
 @jit
@@ -74,9 +74,10 @@ def _products(
         d = start + tl.arange(0, BLOCK_D)
         x = _tile(whole, parts, fold, m, d, M, D, p_k, PARTS)
         y = _tile(whole, parts, fold, n, d, M, D, p_k, PARTS)
-        scale_x, scale_y = _scale(x), _scale(y)
+        scale_x, back_x = _scale(x)
+        scale_y, back_y = _scale(y)
         product = tl.dot(x * scale_x[:, None], tl.trans(y * scale_y[:, None]), input_precision=PRECISION)
-        total += product.to(tl.float64) / scale_x.to(tl.float64)[:, None] / scale_y.to(tl.float64)[None, :]
+        total += product.to(tl.float64) * (back_x.to(tl.float64)[:, None] * back_y.to(tl.float64)[None, :])
     place = ((tl.program_id(2).to(tl.int64) * tl.num_programs(1) + split) * M + m[:, None]) * M + n[None, :]
     tl.store(out + place, total, mask=(m < M)[:, None] & (n < M)[None, :])
 

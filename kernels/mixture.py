@@ -157,7 +157,7 @@ def mix(features: Tensor, means: Tensor, weights: Tensor) -> Tensor:
     Returns:
         [N, h] float64. The same bits every time.
     """
-    weights = weights.to(features.device)
+    weights = copied(weights, features.device)
     if not takes(features):
         return mix_reference(features, means, weights)
     features = with_dense_rows(features)

@@ -269,9 +269,12 @@ def _setup(ctx, inputs, output):
     _, weight1, _, weight2, _, ctx.activation, ctx.gated, ctx.fused, _ = inputs
     ctx.save_for_backward(output[1], weight1, weight2)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else zeros as large as what is kept would be written for it
 
 
 def _autograd(ctx, dy, _):
+    if dy is None:
+        return (None,) * 9
     kept, weight1, weight2 = ctx.saved_tensors
     dx = torch.ops.hgprompt.mlp_backward(dy, kept, weight1, weight2, ctx.activation, ctx.gated, ctx.fused)
     return (dx, *[None] * 8)

@@ -80,3 +80,14 @@ def test_operator_is_well_behaved():
     w1, w2, bias = torch.randn(16, 8, device=DEVICE), torch.randn(8, 16, device=DEVICE), torch.randn(16, device=DEVICE)
     for fused in (False, True):
         torch.library.opcheck(torch.ops.hgprompt.mlp.default, (x, w1, bias, w2, None, "gelu", False, fused, True))
+
+
+@pytest.mark.parametrize("form", ["library", "fused"])
+def test_the_backward_writes_no_zeros(form):
+    """Unless told not to, autograd makes zeros of the size of what the forward pass keeps: it is an output, too."""
+    x = torch.randn(6, 16, device=DEVICE, requires_grad=True)
+    w1, b1, w2, b2 = (w.to(DEVICE, torch.float32) for w in _weights(16, 32, 16, False, True))
+    out = mlp.mlp(x, w1, b1, w2, b2, "gelu", False, form)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        torch.autograd.grad(out, x, torch.ones_like(out))
+    assert [6, 32] not in [shape for e in profile.events() if "zero" in e.name for shape in e.input_shapes]
