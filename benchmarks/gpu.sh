@@ -4,7 +4,8 @@
 #   benchmarks/gpu.sh OUT [--rehearse] [PART ...]
 #
 # OUT is a folder (benchmarks/results to keep them). Without PARTs all are run: half an hour at most. Where a command may
-# take ten minutes, call it three times: "tests kernels tune", "encode paper statistics profile", "compiled".
+# take ten minutes, call it three times: "tests kernels tune", "encode paper statistics profile", "compiled". Where there
+# are fifteen in all, starts included: "tests kernels" and "encode paper profile"; the rest another time.
 # --rehearse: tiny shapes on a CPU with Triton's interpreter, to find the typos. Needs torch, triton, timm, safetensors,
 # scipy, hypothesis and pytest (pytest-xdist is used where it is there), and the repository's tree; nothing is installed.
 # Without .git, set COMMIT. Logs are packed into OUT/gpu-logs.tar.gz at the end.
@@ -21,13 +22,14 @@ fi
 wanted=" ${*:-tests kernels encode paper tune statistics compiled profile} "
 mkdir -p "$out"
 export PYTHONPATH=. PYTHONUNBUFFERED=1
+export TEST_FAILURES="$out/gpu-failures.log" # written as they come: a part that runs out of time reports nothing else
 
 part() { # part NAME SECONDS COMMAND...
   local name=$1 limit=$2
   shift 2
   case "$wanted" in *" $name "*) ;; *) return 0 ;; esac
   echo "== $name (at most $limit s)"
-  timeout "$limit" "$@" 2>&1 | tee "$out/gpu-$name.log" | tail -n 60
+  timeout -k 15 "$limit" "$@" 2>&1 | tee "$out/gpu-$name.log" | tail -n 60
   echo "== $name: exit ${PIPESTATUS[0]}"
 }
 

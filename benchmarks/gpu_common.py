@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -85,9 +85,10 @@ def median_ms(function, rounds=3 if REHEARSE else 20, warm_up=1 if REHEARSE else
     return statistics.median(begin.elapsed_time(end) for begin, end in events)
 
 
-def ceilings() -> dict[str, float]:
-    """Measured in this run: TFLOP/s of the library's product at the network's four shapes, GB/s of a large copy."""
-    rows = 64 if REHEARSE else 64 * 247
+def ceilings(rows: int) -> dict[str, float]:
+    """Measured in this run: TFLOP/s of the library's product at the network's four shapes, with as many rows as what
+    stands beside them has, and GB/s of a large copy."""
+    rows = 64 if REHEARSE else rows
     found = {}
     for name, (k, n) in {
         "qkv": (WIDTH, 3 * WIDTH), "proj": (WIDTH, WIDTH), "fc1": (WIDTH, INNER), "fc2": (INNER, WIDTH)
@@ -99,6 +100,18 @@ def ceilings() -> dict[str, float]:
     y = torch.empty_like(x)
     found["copy GB/s"] = 2 * 4 * x.numel() / median_ms(lambda: y.copy_(x)) / 1e6
     return found
+
+
+def peak_gigabytes(function: Callable[[], object]) -> float:
+    """Memory that a call takes at its peak beside what was there before; NaN without a GPU."""
+    if DEVICE != "cuda":
+        function()
+        return float("nan")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
 def provenance() -> dict[str, object]:

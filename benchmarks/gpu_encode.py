@@ -26,7 +26,7 @@ import literal
 
 from flops import BACKWARD, Network  # isort: skip
 from gpu_common import B, DEPTH, DEVICE, DTYPE, M, REHEARSE, SIZE, TOKENS, WIDTH  # isort: skip
-from gpu_common import ceilings, keep, median_ms, network, provenance  # isort: skip
+from gpu_common import ceilings, keep, median_ms, network, peak_gigabytes, provenance  # isort: skip
 
 from hgprompt import FrozenViT, encode, operations
 from hgprompt.encoder import pull_back
@@ -80,7 +80,7 @@ def main() -> None:
     vit = FrozenViT.from_timm(model)
     images = torch.randn(B, 3, SIZE, SIZE, device=DEVICE, dtype=DTYPE)
     direction = torch.randn(B, WIDTH, device=DEVICE, dtype=DTYPE)
-    record = provenance() | {"ceilings": ceilings(), "cases": []}
+    record = provenance() | {"ceilings": ceilings(8 * B * (TOKENS + vit.num_image_tokens)), "cases": []}
     print(record["ceilings"], flush=True)
     for deep in (False, True):
         prompts = torch.randn((M, DEPTH, TOKENS, WIDTH) if deep else (M, TOKENS, WIDTH), device=DEVICE, dtype=DTYPE)
@@ -127,6 +127,7 @@ def measure(model, vit, images, prompts, direction, kind, deep, record) -> dict:
             result = ours(impl).double() if result is None else result
             ms = median_ms(functools.partial(ours, impl), rounds=10)
             case["ours"][name] = {"ms": ms, "useful TFLOP/s": useful / ms, "naive TFLOP/s": naive / ms}
+            case["ours"][name]["peak GB"] = peak_gigabytes(functools.partial(ours, impl))
         except Exception as error:  # one variant that does not run must not lose the others' figures
             case["ours"][name] = {"failed": f"{error!r:.300}"}
         operations.TRITON = kept

@@ -50,7 +50,7 @@ class Table:
     """Rows of figures; each is printed and kept as it comes."""
 
     def __init__(self) -> None:
-        self.record = provenance() | {"ceilings": ceilings(), "kernels": []}
+        self.record = provenance() | {"ceilings": ceilings(M * IMAGES * T), "kernels": []}
         found = self.record["ceilings"]
         self.rate = max(v for k, v in found.items() if "TFLOP" in k)
         self.bandwidth = found["copy GB/s"]

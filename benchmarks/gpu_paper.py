@@ -38,7 +38,7 @@ def whole() -> None:
         pixels[i] = (means[labels[i]] + 40 * torch.randn(3, SIZE, SIZE)).clamp(0, 255).to(torch.uint8)
     loader = [(pixels[i : i + B], labels[i : i + B]) for i in range(0, N, B)]
     prompts = torch.randn(M, TOKENS, WIDTH)
-    record = provenance() | {"ceilings": ceilings(), "N": N, "runs": []}
+    record = provenance() | {"ceilings": ceilings(8 * B * (TOKENS + vit.num_image_tokens)), "N": N, "runs": []}
     fast_ensemble(prompts, loader[:2], backbone=vit)  # kernels compiled, buffers made
     for gradient_images in (256, None):
         stages: dict[str, float] = {}

@@ -8,7 +8,6 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from scipy.optimize import brentq, minimize_scalar
 from timm.models.vision_transformer import VisionTransformer
 
 
@@ -107,6 +106,8 @@ def lda_logits(
 
 def temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """The factor that minimises the cross-entropy of factor · logits, unless Laplace's rule has a smaller one."""
+    from scipy.optimize import brentq, minimize_scalar  # the GPU benchmarks, which import this file, do without
+
     found = minimize_scalar(
         lambda t: float(F.cross_entropy(np.exp(t) * logits, labels)), bounds=(-9.2, 4.6), options={"xatol": 1e-12}
     )
