@@ -246,22 +246,25 @@ def resolve_micro_batch(backbone: FrozenViT, prompts: Tensor, micro_batch: int |
     """Image–prompt pairs per micro-batch: the caller's, or what suits the device and its free memory."""
     if micro_batch is None:
         at_once = _TOKENS_PER_MICRO_BATCH.get(backbone.device.type, 2048)
+        tokens = backbone.num_image_tokens + prompts.shape[-2]
         if backbone.device.type == "cuda":
             free = _SHARE_OF_FREE_MEMORY * free_gpu_bytes(backbone.device)
-            fits = max(1, int(free / bytes_per_token(backbone, backward=backward)))
+            fits = max(1, int(free / bytes_per_token(backbone, tokens, backward=backward)))
             # A power of two: a little more or less free memory than the last time gives the same sums.
             at_once = min(at_once, 1 << (fits.bit_length() - 1))
-        return max(1, at_once // (backbone.num_image_tokens + prompts.shape[-2]))
+        return max(1, at_once // tokens)
     return micro_batch
 
 
-def bytes_per_token(backbone: FrozenViT, *, backward: bool) -> int:
-    """Memory that one token takes in the network, about: what is alive at once in a block, and with the backward pass
-    what every block keeps (normalised rows, queries, keys and values, attention's output, the MLP's inner layer)."""
+def bytes_per_token(backbone: FrozenViT, tokens: int, *, backward: bool) -> int:
+    """Memory that one token of a sequence of `tokens` takes in the network, about: what is alive at once in a block; in
+    the backward pass also what every block keeps (normalised rows, queries, keys and values, attention's output, the
+    MLP's inner layer, and in float32 attention's weights with copies of what they are made of)."""
     block = backbone.blocks[0]
     width, inner, size = backbone.width, block.fc1_weight.shape[0], backbone.dtype.itemsize
-    alive = 2 * 4 * width + size * (6 * width + 2 * inner)
-    return alive + (backbone.depth * size * (6 * width + inner) if backward else 0)
+    scores = block.num_heads * tokens + 3 * width if backbone.dtype.itemsize > 2 else 0
+    alive = 2 * 4 * width + size * (6 * width + 2 * inner + 2 * scores)
+    return alive + (backbone.depth * size * (6 * width + inner + scores) if backward else 0)
 
 
 def _rows(
