@@ -73,7 +73,7 @@ def features(vit: FrozenViT, tokens: ImageTokens, prompts: Tensor, ops: Operatio
         [M, B, h] in the backbone's dtype; differentiable in the prompts.
     """
     deep = prompts.ndim == 4
-    rows = tokens.x.shape[1]
+    rows = tokens.x.shape[-2]
     # x is the residual stream, y what the last MLP has yet to add to it: the next norm adds and normalises in one go.
     x, y = _first_block(vit, tokens, prompts[:, 0] if deep else prompts, deep, ops)
     for i, block in enumerate(vit.blocks[1:], start=1):

@@ -102,7 +102,14 @@ def test_pull_back_equals_autograd_through_encode(micro_batch):
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 5, None])
 @pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
-@pytest.mark.parametrize("options", [{}, {"pre_norm": True, "reg_tokens": 1, "qk_norm": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"pre_norm": True, "reg_tokens": 1, "qk_norm": True}, {"global_pool": "avg"},
+        {"class_token": False, "global_pool": "map"},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_images_of_each_prompt_equal_a_loop_over_prompts(options, deep, micro_batch):
     vit = FrozenViT.from_timm(literal.tiny_vit(**options).double())
     prompts, _ = _inputs(m=3, depth=vit.depth if deep else None)
