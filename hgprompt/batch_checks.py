@@ -67,7 +67,7 @@ def check_labels(labels: Tensor, expected: int) -> Tensor:
         raise DataError(f"labels must be integer class indices, got {labels.dtype}")
     if labels.ndim != 1 or len(labels) != expected:
         raise DataError(f"labels must be [{expected}], one per image, got {list(labels.shape)}")
-    labels = labels.detach().to("cpu", torch.int64)
+    labels = labels.detach().to("cpu", torch.int64, copy=True)  # a loader may use its memory for the next batch
     if expected and int(labels.min()) < 0:
         raise DataError(f"labels must be class indices from 0 on, got {int(labels.min())}: drop unlabelled images")
     return labels

@@ -217,11 +217,12 @@ class Moments:
         return (block_products if matrix.is_cuda else block_products_reference)(self.rows, matrix)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers for `from_state_dict`."""
+        """Tensors and numbers for `from_state_dict`, as they are now; copies."""
         return {
-            "count": self.count, "centre": self.centre, "sums": self.sums, "rows": list(self.rows),
-            "class_counts": dict(self.class_counts), "class_sums": dict(self.class_sums),
-            "third": self.third, "fourth": self.fourth,
+            "count": self.count, "centre": None if self.centre is None else self.centre.clone(),
+            "sums": self.sums.clone(), "rows": [row.clone() for row in self.rows],
+            "class_counts": dict(self.class_counts), "class_sums": {c: s.clone() for c, s in self.class_sums.items()},
+            "third": self.third.clone(), "fourth": self.fourth.clone(),
         }  # fmt: skip
 
     @classmethod

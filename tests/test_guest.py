@@ -156,3 +156,18 @@ def test_what_the_papers_preset_leaves_open_can_be_given():
     # It does not stop at the tolerance, and says whether it was reached.
     for tolerance in (0.99 * few.gap, 1.01 * few.gap):
         assert run(max_steps=1, learning_rate=1e-3, gap_tolerance=tolerance).converged == (tolerance > few.gap)
+
+
+@pytest.mark.parametrize("options", [{}, {"keep": "moments", "head": "lda"}, {"gradient_images": 20}], ids=str)
+def test_a_loader_may_use_its_memory_again(options):
+    loader = [(images.double(), labels.clone()) for images, labels in _loader()]
+
+    def reusing():
+        images, labels = torch.empty_like(loader[0][0]), torch.empty_like(loader[0][1])
+        for own, answers in loader:
+            yield images.copy_(own), labels.copy_(answers)
+
+    model = literal.tiny_vit().double()
+    ours, theirs = (fast_ensemble(PROMPTS, one, backbone=model, **options) for one in (reusing(), loader))
+    assert torch.equal(ours.weights, theirs.weights)
+    assert torch.equal(ours.gradient_cosines, theirs.gradient_cosines)

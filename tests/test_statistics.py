@@ -188,6 +188,31 @@ def test_bad_batches_change_nothing(features, labels, error, message):
     assert statistics.num_images == 8
 
 
+@pytest.mark.parametrize("keep", ["features", "moments"])
+def test_a_batch_may_be_written_over_afterwards(keep):
+    features, labels = _data()
+    kept, buffer, answers = EnsembleStatistics(keep=keep), torch.empty_like(features[:, :20]), labels[:20].clone()
+    for start in (0, 20, 40):
+        buffer.copy_(features[:, start : start + 20])
+        answers.copy_(labels[start : start + 20])
+        kept.update(buffer, answers)
+    assert kept.h_score(WEIGHTS) == _stream(features, labels, [20, 20, 20], keep=keep).h_score(WEIGHTS)
+
+
+@pytest.mark.parametrize("keep", ["features", "moments"])
+def test_a_state_is_a_snapshot(keep):
+    """Neither the statistics that it is of nor those that it was loaded into change it."""
+    features, labels = _data()
+    first = _stream(features[:, :40], labels[:40], [40], keep=keep)
+    state, expected = first.state_dict(), first.h_score(WEIGHTS)
+    first.update(features[:, 40:], labels[40:])
+    for _ in range(2):
+        loaded = EnsembleStatistics(keep=keep)
+        loaded.load_state_dict(state)
+        assert loaded.h_score(WEIGHTS) == expected
+        loaded.update(features[:, 40:], labels[40:])
+
+
 def test_a_merge_that_has_no_room_changes_nothing():
     empty, full = EnsembleStatistics(max_bytes=10), _stream(*_data(), [60])
     with pytest.raises(StatisticsError):

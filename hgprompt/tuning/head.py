@@ -23,7 +23,7 @@ def fitted_head(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
 
     With fewer images than features, LDA is right far more often than it is calibrated (docs/choices.md): its logits are
     divided by the temperature of the least cross-entropy on held-out images (at most eight folds, with a share of every
-    class in each), which is never below 1. The order of the images does not matter.
+    class in each), which is never below 1. How the classes follow one another in the images does not matter.
 
     Args:
         features: [N, h]. labels: [N], from 0 to C - 1. num_classes: C.
