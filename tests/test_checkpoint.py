@@ -25,7 +25,7 @@ import hgprompt.checkpoint
 import hgprompt.ensemble
 import hgprompt.one_pass
 from hgprompt.backbone import FrozenViT
-from hgprompt.checkpoint import SHARE, PassCheckpoint
+from hgprompt.checkpoint import SHARE, PassCheckpoint, _some_pixels
 from hgprompt.ensemble import fast_ensemble
 from hgprompt.errors import DataError, FileFormatError, HGPromptError, HGPromptWarning, OptionError, OutputError
 from hgprompt.files import _temporary, read_safetensors, write_safetensors
@@ -600,3 +600,11 @@ def test_a_faster_disk_is_noticed(tmp_path, monkeypatch):
     """The first waits until 1 s would be paid for, the second for 0.1 s, which the first has taken."""
     times, _ = _simulated(tmp_path, monkeypatch, every=0.0, cost=0.1, assumed=1.0, batches=40)
     assert times[:2] == pytest.approx([1 / SHARE, 1 / SHARE + 0.1 + 0.1 / SHARE], abs=2.1)  # a batch each
+
+
+@pytest.mark.parametrize("size", [32, 64, 96, 224, 256])
+def test_pixels_of_every_row_column_and_channel_are_compared(size):
+    places = _some_pixels(torch.arange(3 * size * size)[None])[0]
+    assert len(places) <= 2048  # about 1024, whatever the size
+    for seen, count in ((places % size, size), (places // size % size, size), (places // size**2, 3)):
+        assert len(seen.unique()) == count

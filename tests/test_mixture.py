@@ -7,6 +7,7 @@ import pytest
 import torch
 from problems import data, statistics_of
 
+from hgprompt.errors import PromptError
 from hgprompt.mixture import FeatureMixture, MomentMixture
 from hgprompt.objective import HScore
 from hgprompt.projection import FeatureProjection, MomentProjection
@@ -66,3 +67,24 @@ def test_in_a_complete_basis_a_projection_is_the_whole(shape):
         ours, slope = projection.value_and_gradient(WEIGHTS, 0.1)
         assert ours == pytest.approx(value, rel=1e-9)
         torch.testing.assert_close(slope, gradient, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("keep", ["features", "moments"])
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_scale_of_the_weights_does_not_matter(keep, scale):
+    """H(cα) = H(α), and its gradient is 1/c times that at α; whether a mixture is constant knows no scale either."""
+    features, labels = data(60, 3, 8, 3)
+    score = HScore(statistics_of(features.float(), labels, keep))
+    weights = np.array([0.5, 0.3, 0.2])
+    (value, gradient), (scaled, slope) = score(weights), score(scale * weights)
+    assert scaled == pytest.approx(value, rel=1e-9)
+    np.testing.assert_allclose(slope * scale, gradient, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("keep", ["features", "moments"])
+def test_features_that_differ_by_their_last_bit_are_constant(keep):
+    features, labels = data(60, 2, 8, 3)
+    last_bit = torch.from_numpy(np.random.default_rng(0).integers(0, 2, (60, 8)))
+    features[1] = 1000 * (1 + last_bit * torch.finfo(torch.float32).eps)
+    with pytest.raises(PromptError, match=r"prompts \[1\] give the same feature"):
+        HScore(statistics_of(features.float(), labels, keep))

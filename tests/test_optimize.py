@@ -12,6 +12,7 @@ from hgprompt import reduced_basis, simplex
 from hgprompt.errors import OptionError
 from hgprompt.objective import Alignment, HScore, Objective
 from hgprompt.optimize import WeightProblem, jackknife_std, optimize_weights
+from hgprompt.statistics import EnsembleStatistics
 
 
 def test_identical_prompts_make_alpha_indifferent():
@@ -253,3 +254,32 @@ def test_jackknife_sees_a_second_minimum_that_is_as_good():
     problem = WeightProblem(statistics)
     solution = problem.solve(0.0)
     assert jackknife_std(problem.jackknife(solution, None, 0.0)).max() > 0.05
+
+
+def test_lambda_means_the_same_without_the_fold_that_held_a_class():
+    """H is divided by C - 1 of the whole, also where a class is gone with its fold: against Algorithm 1 on that."""
+    features, labels = data(60, 3, 4, 2, seed=1)
+    statistics = EnsembleStatistics(keep="features", folds=3)
+    labels[statistics.next_folds(60) == 1] = torch.arange(20) % 3
+    statistics.update(features, labels)
+    gram = random_gram(3, seed=2, shared=0.3)
+    problem = WeightProblem(statistics, gram, max_steps=40)
+    options = {"solver": "projected-gradient", "learning_rate": 0.05}
+    rows = problem.jackknife(problem.solve(0.5, **options), [gram] * 3, 0.5, **options)
+    score = HScore(statistics, shrinkage=problem.score.intensity, without_fold=1)
+    assert (problem.score.num_classes, score.num_classes) == (3, 2)
+
+    def function(weights):
+        (h, slope), (loss, pull) = score(weights), Alignment(gram.numpy())(weights)
+        return -h / 2 + 0.5 * loss, -slope / 2 + 0.5 * pull
+
+    expected = simplex.projected_gradient(function, np.full(3, 1 / 3), learning_rate=0.05, steps=40).weights
+    np.testing.assert_allclose(rows[1].numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("images", "known"), [(15, False), (16, True)])
+def test_the_jackknife_wants_two_images_to_a_fold(images, known):
+    statistics = EnsembleStatistics(folds=8)
+    statistics.update(data(images, 3, 4, 2)[0], torch.arange(images) % 2)
+    problem = WeightProblem(statistics)
+    assert bool(problem.jackknife(problem.solve(0.0), None, 0.0).isfinite().all()) == known

@@ -74,3 +74,14 @@ def test_no_class_is_in_one_fold_alone(folds, classes, order):
     # 40 images that each go to any of 8 folds: all miss one of them with probability 8 · (7/8)^40 = 4 %, and are in
     # one alone with 8^-39. Deterministic, so that this says that the numbers drawn are no worse than that.
     assert all(len(np.unique(fold_of[labels == c])) > max(1, folds - 2) for c in range(classes))
+
+
+def test_a_batch_may_be_written_over_afterwards():
+    sample = ImageSample(None, 1, 0)
+    image, label, feature = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64), torch.zeros(2, 1, 1)
+    for i in range(5):
+        for buffer in (image, label, feature):
+            buffer.fill_(i)
+        sample.update(image, label, feature)
+    images, labels, features = sample.all()
+    assert images.flatten().tolist() == features[1].flatten().tolist() == labels.tolist() == [0, 1, 2, 3, 4]

@@ -106,3 +106,10 @@ def test_more_steps_never_hurt_a_non_convex_function():
     ]
     assert values == sorted(values, reverse=True)
     assert values[-1] == pytest.approx(-1, abs=1e-6)  # the bump's top is the only stationary point in reach
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_as_many_starts_as_are_asked_for(count):
+    starts = simplex.starting_points(lambda w: (float(w @ w), 2 * w), 8, count, seed=0)
+    assert len(starts) == count
+    np.testing.assert_allclose([start.sum() for start in starts], 1)

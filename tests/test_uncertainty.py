@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from problems import data, statistics_of
+from scipy import stats
 
 from hgprompt.mixture import FeatureMixture
 from hgprompt.objective import HScore
-from hgprompt.optimize import WeightProblem
+from hgprompt.optimize import WeightProblem, jackknife_std
+from hgprompt.statistics import EnsembleStatistics
 from hgprompt.uncertainty import rank_std, weight_error
 
 WEIGHTS = np.array([0.2, 0.5, 0.3])
@@ -104,3 +106,27 @@ def test_the_bound_of_one_fold_is_unknown():
     assert np.isnan(weight_error(torch.ones(1, 3, dtype=torch.float64)))
     assert np.isnan(weight_error(torch.full((8, 3), torch.nan, dtype=torch.float64)))
     assert weight_error(torch.full((8, 3), 1 / 3, dtype=torch.float64)) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_rank_that_is_certain_beside_two_that_are_a_coin_toss():
+    scores = torch.tensor([5.0, 0.0, 0.0], dtype=torch.float64)
+    found = rank_std(scores, torch.diag(torch.tensor([1e-6, 0.1, 0.1], dtype=torch.float64)))
+    assert found.tolist() == pytest.approx([0, 0.5, 0.5], abs=0.01)  # 4,000 tosses
+
+
+@pytest.mark.parametrize("folds", [2, 4, 16])
+def test_the_bound_is_students_quantile(folds):
+    """Of two weights with α_1 = 1 - α_0, ‖α - α_∞‖₁ is twice the first one's error: its 90 % quantile is known."""
+    first = torch.from_numpy(0.5 + 0.05 * np.random.default_rng(folds).standard_normal(folds))
+    without_fold = torch.stack([first, 1 - first], dim=1)
+    expected = 2 * float(jackknife_std(without_fold)[0]) * stats.t.ppf(0.95, folds - 1)
+    assert weight_error(without_fold) == pytest.approx(expected, rel=0.12)  # quantiles of 4,000 draws
+
+
+@pytest.mark.parametrize(("images", "known"), [(7, False), (24, True)])
+def test_folds_without_images_leave_the_error_of_moments_unknown(images, known):
+    statistics = EnsembleStatistics(keep="moments", folds=8)
+    statistics.update(data(images, 2, 4, 2)[0], torch.arange(images) % 2)
+    problem = WeightProblem(statistics, shrinkage=0.3)
+    assert np.isfinite(problem.h_score_std(torch.tensor([0.5, 0.5], dtype=torch.float64))) == known
+    assert bool(problem.source_covariance.isfinite().all()) == known

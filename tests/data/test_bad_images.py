@@ -162,3 +162,15 @@ def test_nothing_to_skip_is_nothing_to_report(tmp_path):
         for (images, labels), (expected, theirs) in zip(loader, same, strict=True):
             assert torch.equal(images, expected)
             assert torch.equal(labels, theirs)
+
+
+@pytest.mark.parametrize("max_bytes", [0, 10**9], ids=["on disk", "in memory"])
+def test_what_is_left_keeps_the_tasks_name_and_classes(tmp_path, max_bytes):
+    for i in range(4):
+        Image.new("RGB", (6, 5), (10 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "0.png").write_bytes(b"no image")
+    (tmp_path / "train.txt").write_text("".join(f"{i}.png {i % 2}\n" for i in range(4)))
+    (tmp_path / "classes.txt").write_text("ant\nbee\ncat\n")
+    with pytest.warns(HGPromptWarning, match="skipped 1 of 4"):
+        images = open_images(load_task(tmp_path, "train"), (4, 4), bad_images="skip", max_bytes=max_bytes)
+    assert (images.name, images.class_names, images.num_classes) == (tmp_path.name, ("ant", "bee", "cat"), 3)

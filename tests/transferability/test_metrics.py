@@ -189,3 +189,9 @@ def test_leep_of_probabilities_in_half_precision():
     labels = torch.arange(50) % 4
     found = tr.leep(logits.bfloat16().softmax(1), labels)
     assert found == pytest.approx(tr.leep(logits.bfloat16().double().softmax(1), labels), abs=2e-3)
+
+
+def test_leep_of_rows_that_miss_one():
+    theta, labels = _probabilities()
+    missed = theta * (1 + 9e-4 * torch.rand(len(theta), 1, generator=torch.Generator().manual_seed(0)).double())
+    assert tr.leep(missed, labels) == pytest.approx(tr.leep(theta, labels), rel=1e-12)

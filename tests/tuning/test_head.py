@@ -210,3 +210,14 @@ def test_goes_on_from_a_checkpoint_without_fitting_again(vit, tmp_path, monkeypa
 def test_unknown_head(vit):
     with pytest.raises(OptionError, match="'fitted'"):
         tune(vit, {"a": random_prompt(vit, 2)}, _draw(1), head="lda")
+
+
+def test_classes_side_by_side_or_in_turn_are_one_task():
+    """Sorted by class or dealt in turn, the images of a class go to the same folds, and the temperature is one."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(24) // 8
+    features = torch.randn(24, 40, generator=g) + 0.3 * torch.randn(3, 40, generator=g)[labels]
+    turns = torch.arange(24).view(3, 8).T.flatten()
+    heads = fitted_head(features[turns], labels[turns], 3), fitted_head(features, labels, 3)
+    for ours, theirs in zip(*heads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # sums of float32 in another order

@@ -13,7 +13,7 @@ import torch
 from hgprompt import DataError, FileFormatError, FrozenViT, OptionError, PromptPool
 from hgprompt.data import LabelledImages
 from hgprompt.tuning import TuneConfig, protocol, random_prompt, tune
-from hgprompt.tuning.method import Setting
+from hgprompt.tuning.method import Cost, Setting
 from hgprompt.tuning.methods import CONTROLS, METHODS, PANDA, VPT
 from hgprompt.tuning.protocol import GRIDS, SEEDS, Grid, choose, select_and_retrain
 
@@ -242,3 +242,20 @@ def test_refuses_bad_options(problem):
     ):  # fmt: skip
         with pytest.raises(OptionError, match=message):
             select_and_retrain(METHODS["VPT"], *problem, **options)
+
+
+class Costly(VPT):
+    """A start that takes a pass over the images to find."""
+
+    def start(self, setting, seed):
+        return super().start(setting, seed)[0], Cost(forward=len(setting.train)), {}
+
+
+@pytest.mark.parametrize(("at_once", "chunks"), [(6, 1), (4, 2), (1, 6)])
+def test_the_selection_costs_what_all_its_chunks_cost(problem, at_once, chunks, tmp_path):
+    options = {"grid": GRID, "config": dataclasses.replace(CONFIG, epochs=1), "seeds": (1, 2), "folder": tmp_path}
+    train800, _, train1000, _ = problem
+    for _ in range(2):  # also where they are read from files
+        outcome = select_and_retrain(Costly(), *problem, runs_at_once=at_once, **options)
+        assert outcome.selection_cost == Cost(forward=len(train800.train) * chunks)
+        assert outcome.cost == Cost(forward=len(train1000.train) * 2)

@@ -16,6 +16,8 @@ from hgprompt.data import ImageDataset, LabelledImages, load_task, open_images
 from hgprompt.errors import FileFormatError
 from hgprompt.tuning import TuneConfig, evaluate, random_prompt, tune
 from hgprompt.tuning.config import TuneConfig as Config
+from hgprompt.tuning.prompts import PromptLearner
+from hgprompt.tuning.trainer import train
 
 CONFIG = TuneConfig(epochs=3, batch_size=8, lr=4.0, head_lr=8.0, weight_decay=0.01, warmup=0.2, seed=5)
 
@@ -232,3 +234,22 @@ def test_random_start_is_vpts(vit):
     assert torch.equal(random_prompt(vit, 500, seed=1), prompt)
     with pytest.raises(OptionError, match="at least 1 token"):
         random_prompt(vit, 0)
+
+
+def test_runs_of_several_seeds_see_the_same_on_disk_and_in_memory(tmp_path):
+    vit = FrozenViT.from_timm(literal.tiny_vit().double())
+    g = torch.Generator().manual_seed(0)
+    for i in range(20):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        pixels = torch.randint(0, 255, (16, 16, 3), generator=g, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / "ab"[i % 2] / f"{i:02}.png")
+    base = TuneConfig(epochs=2, batch_size=8, lr=4.0)
+    configs = [dataclasses.replace(base, seed=seed) for seed in (6, 5, 5)]
+    found = []
+    for max_bytes in (0, 10**9):
+        images = open_images(load_task(tmp_path), (16, 16), max_bytes=max_bytes)
+        starts = PromptLearner.start(vit, [random_prompt(vit, 3, seed=0)] * 3, 2, configs)
+        learner = PromptLearner(vit, starts, configs)
+        train(learner, configs, images)
+        found.append(torch.stack([own["prompt"].detach() for own in learner.parameters]))
+    assert torch.equal(*found)
