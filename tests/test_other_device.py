@@ -47,7 +47,7 @@ def test_the_device_is_what_it_is_taken_for():
     [
         {}, {"head": "lda"}, {"head": "centroid"}, {"dtype": torch.bfloat16}, {"tolerance": 0.5}, {"folds": 1},
         {"gradient_images": 20}, {"gradient_images": 0, "lam": 0.0}, {"shrinkage": 0.0},
-        {"solver": "projected-gradient"},
+        {"solver": "projected-gradient", "max_steps": 5},
     ],
     ids=str,
 )  # fmt: skip
