@@ -149,12 +149,12 @@ def test_links_out_of_a_folder_are_followed_where_that_is_asked_for(place):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_errors_are_one_line_with_an_exit_code(place, arguments, code, message):
-    done = _run(place, *arguments)
-    assert done.returncode == code
-    assert message in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+def test_errors_are_one_line_with_an_exit_code(place, arguments, code, message, here):
+    done = here(place, *arguments)
+    assert done.code == code
+    assert message in " ".join(done.err.split())
+    assert "Traceback" not in done.err
+    assert done.out == ""
 
 
 def test_help():

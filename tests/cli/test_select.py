@@ -14,7 +14,7 @@ import torch
 from hgprompt import PromptPool, load_backbone, select_prompts
 from hgprompt.data import render_task
 
-TASK = "procedural:sprite-x-location"
+COMMAND = ("select", "pool.safetensors", "procedural:sprite-x-location", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def place(tmp_path_factory):
 
 def _run(place, *arguments):
     environment = os.environ | {"COLUMNS": "120", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "hgprompt.cli", "select", "pool.safetensors", TASK, "--device", "cpu", *arguments]
+    command = [sys.executable, "-m", "hgprompt.cli", *COMMAND, *arguments]
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -49,14 +49,14 @@ def test_writes_the_pool_of_the_prompts_selected(place):
     assert torch.equal(pool.stack(), expected.pool.stack())
 
 
-def test_errors_are_one_line(place):
+def test_errors_are_one_line(place, here):
     for arguments, code, message in (
         (("--size", "9"), 1, "size must be"),
         (("--size", "2", "--out", "."), 1, "--out . is a folder"),
         (("--size", "2", "--method", "x"), 2, "'halving', 'greedy', 'ranking'"),
     ):
-        done = _run(place, "--limit", "40", "--out", "none.safetensors", *arguments)
-        assert done.returncode == code
-        assert message in " ".join(done.stderr.split())
-        assert "Traceback" not in done.stderr
+        done = here(place, *COMMAND, "--limit", "40", "--out", "none.safetensors", *arguments)
+        assert done.code == code
+        assert message in " ".join(done.err.split())
+        assert "Traceback" not in done.err
         assert not (place / "none.safetensors").exists()

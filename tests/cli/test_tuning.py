@@ -9,14 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from hgprompt import PromptPool
-from hgprompt.cli import main
 from hgprompt.tuning import TuneResult
 
 FAST = ("--epochs", "2", "--batch-size", "8", "--dtype", "float32", "--device", "cpu", "--quiet")
@@ -54,22 +52,6 @@ def _run(place, *arguments):
     return subprocess.run(
         _command(*arguments), cwd=place, env=_environment(), capture_output=True, text=True, timeout=300
     )
-
-
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """Run a command in this process: an import of torch sooner than `_run`."""
-
-    def run(folder, *arguments):
-        monkeypatch.chdir(folder)
-        monkeypatch.setenv("COLUMNS", "140")
-        monkeypatch.setattr(sys, "argv", ["hgprompt", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        captured = capsys.readouterr()
-        return SimpleNamespace(code=left.value.code, out=captured.out, err=captured.err)
-
-    return run
 
 
 def test_the_whole_road(place):
