@@ -4,8 +4,8 @@
 #   benchmarks/gpu.sh OUT [--rehearse] [PART ...]
 #
 # OUT is a folder (benchmarks/results to keep them). Without PARTs all are run: half an hour at most. Where a command may
-# take ten minutes, call it three times: "tests kernels tune", "encode paper statistics profile", "compiled". Where there
-# are fifteen in all, starts included: "tests kernels" and "encode paper profile"; the rest another time.
+# take ten minutes, call it three times: "tests kernels tune", "encode paper statistics profile", "compiled". In a
+# quarter of an hour: "tests kernels" and "encode paper profile".
 # --rehearse: tiny shapes on a CPU with Triton's interpreter, to find the typos. Needs torch, triton, timm, safetensors,
 # scipy, hypothesis and pytest (pytest-xdist is used where it is there), and the repository's tree; nothing is installed.
 # Without .git, set COMMIT. Logs are packed into OUT/gpu-logs.tar.gz at the end.

@@ -75,8 +75,8 @@ def fast_ensemble(
     Args:
         prompts: a PromptPool, {name: [p, d]}, a sequence of [p, d], or a tensor [M, p, d] (deep: [L, p, d] each).
         loader: an iterable of (images [B, 3, H, W], integer labels [B]), read once. Images are normalised floats or
-            uint8. Any order will do, also sorted by class (folds go by place, so α moves with it, by less than its
-            standard errors); the last batch may be short.
+            uint8. Any order will do, also sorted by class (with another order the folds are
+            others); the last batch may be short.
         backbone: a timm VisionTransformer, a FrozenViT, "mini" or a timm model name; None: the one that the pool names.
         lam: λ ≥ 0 of Eq. 12, the pull of gradient alignment.
         shrinkage: of the covariance in the H-score: "auto", "ledoit-wolf", "oas", an intensity in [0, 1), or 0.0 for

@@ -127,7 +127,8 @@ def _batches(
             images, labels = _check_batch(vit, *batch)
         except DataError as error:
             raise DataError(f"batch {position} of the loader: {error}") from error
-        if images.is_floating_point() != (floating := images.is_floating_point() if floating is None else floating):
+        floating = images.is_floating_point() if floating is None else floating
+        if images.is_floating_point() != floating:
             raise DataError(
                 f"batch {position} of the loader is {images.dtype}: uint8 and normalised floats cannot both be right"
             )

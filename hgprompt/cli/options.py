@@ -100,7 +100,9 @@ Epochs = Annotated[int, typer.Option(help="Passes over the training images.", mi
 BatchSize = Annotated[int, typer.Option(help="Images per step.", min=1, rich_help_panel=TRAINING_PANEL)]
 Optimizer = Annotated[
     Literal["sgd", "adamw"],
-    typer.Option(help="sgd: with momentum 0.9; VPT's rates for it are 5 to 25.", rich_help_panel=TRAINING_PANEL),
+    typer.Option(
+        help="sgd: with momentum 0.9; VPT's grid for it goes from 0.05 to 50.", rich_help_panel=TRAINING_PANEL
+    ),
 ]
 LearningRate = Annotated[
     float,

@@ -387,14 +387,14 @@ def _write_text(
     """name.md, which says under which conditions the numbers hold, and name.csv."""
     plan, vit = lab.plan, lab.backbone
     kind = "deep" if plan.deep else "shallow"
-    sources = f"{len(lab.sources())} "
+    sources = len(lab.sources())
     conditions = {
         "backbone": f"backbone {vit.name} at {vit.image_size[0]} pixels, weights {vit.fingerprint[:12]}",
         "dtype": str(vit.dtype).removeprefix("torch."),
         "tokens": f"{plan.tokens} {kind} prompt tokens",
-        "sources": f"a pool of {sources}given prompts"
+        "sources": f"a pool of {sources} given prompts"
         if lab.pool_given
-        else f"{sources}sources, {plan.source_epochs} epochs on each",
+        else f"{sources} sources, {plan.source_epochs} epochs on each",
         "epochs": f"{plan.epochs} epochs on targets, batches of {plan.batch_size}",
         "grid": f"{plan.grid} grid",
         "lam": "λ as in each row" if name == "fig6" else f"λ = {plan.lam:g} (of -H/(C-1) + λ L_align)",
