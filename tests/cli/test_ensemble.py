@@ -1,4 +1,4 @@
-"""hgprompt ensemble and inspect as a stranger meets them: in a process of their own."""
+"""hgprompt ensemble and inspect as a stranger meets them."""
 
 from __future__ import annotations
 
@@ -43,90 +43,85 @@ def place(tmp_path_factory):
     return root
 
 
-def _run(place, *arguments, **options):
-    environment = os.environ | {"COLUMNS": "120", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "hgprompt.cli", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=place, env=_env(environment), capture_output=True, text=True, timeout=120, **options
-    )
-
-
-def _env(environment):
+def _environment():
     # The tests may run from a checkout that is not installed.
-    return environment | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return os.environ | {"COLUMNS": "120", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 ENSEMBLE = ("ensemble", "pool.safetensors", "task", "--weights", "weights.safetensors", "--device", "cpu")
 
 
-def test_checkpoints_are_gone_when_there_is_a_result(place):
-    done = _run(place, *ENSEMBLE, "-o", "kept-out", "--checkpoint-dir", "kept", "--no-plot")
-    assert done.returncode == 0, done.stderr
+def test_checkpoints_are_gone_when_there_is_a_result(place, here):
+    done = here(place, *ENSEMBLE, "-o", "kept-out", "--checkpoint-dir", "kept", "--no-plot")
+    assert done.code == 0, done.err
     assert (place / "kept").is_dir()
     assert os.listdir(place / "kept") == []
     (place / "kept" / "pass.safetensors").write_bytes(b"not a checkpoint")
-    refused = _run(place, *ENSEMBLE, "-o", "kept-out", "--checkpoint-dir", "kept", "--no-plot")
-    assert refused.returncode != 0
-    assert "kept/pass.safetensors" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    refused = here(place, *ENSEMBLE, "-o", "kept-out", "--checkpoint-dir", "kept", "--no-plot")
+    assert refused.code != 0
+    assert "kept/pass.safetensors" in refused.err
+    assert "Traceback" not in refused.err
 
 
-def test_ensemble_and_inspect(place):
-    done = _run(place, *ENSEMBLE, "-o", "out", "--exclude", "birds")
-    assert done.returncode == 0, done.stderr
-    assert "wrote out/ensemble.safetensors" in done.stdout
-    assert "24 images of 3 classes" in done.stdout
-    assert "birds" not in done.stdout
+def test_ensemble_and_inspect(place, here):
+    done = here(place, *ENSEMBLE, "-o", "out", "--exclude", "birds")
+    assert done.code == 0, done.err
+    assert "wrote out/ensemble.safetensors" in done.out
+    assert "24 images of 3 classes" in done.out
+    assert "birds" not in done.out
     assert sorted(os.listdir(place / "out")) == ["ensemble.png", "ensemble.safetensors", "report.json"]
-    again = _run(place, "inspect", "out")
-    assert again.returncode == 0
-    assert "cats" in again.stdout
-    shown = _run(place, "inspect", "pool.safetensors")
-    assert "3 shallow prompts of 4 tokens, 192 wide" in shown.stdout
-    assert "[red]cats" in shown.stdout  # shown, not interpreted
+    again = here(place, "inspect", "out")
+    assert again.code == 0
+    assert "cats" in again.out
+    shown = here(place, "inspect", "pool.safetensors")
+    assert "3 shallow prompts of 4 tokens, 192 wide" in shown.out
+    assert "[red]cats" in shown.out  # shown, not interpreted
 
 
-def test_json_is_all_there_is_on_stdout(place):
-    done = _run(place, *ENSEMBLE, "-o", "out2", "--json", "--limit", "12", "--no-plot")
+def test_json_is_all_there_is_on_stdout(place, here):
+    command = [sys.executable, "-m", "hgprompt.cli", *ENSEMBLE, "-o", "out2", "--json", "--limit", "12", "--no-plot"]
+    # In a process of its own: whatever a library writes to the descriptor is seen.
+    done = subprocess.run(command, cwd=place, env=_environment(), capture_output=True, text=True, timeout=120)
     record = json.loads(done.stdout)
     assert sum(record["weights"].values()) == pytest.approx(1)
     assert record["n_images"] == 12
     assert not (place / "out2" / "ensemble.png").exists()
-    assert json.loads(_run(place, "inspect", "pool.safetensors", "--json").stdout)["backbone"]["width"] == 192
+    assert json.loads(here(place, "inspect", "pool.safetensors", "--json").out)["backbone"]["width"] == 192
 
 
-def test_bad_images_stop_or_are_skipped_and_named(place):
+@pytest.mark.filterwarnings("default::hgprompt.errors.HGPromptWarning")  # it is what a user sees
+def test_bad_images_stop_or_are_skipped_and_named(place, here):
     import shutil
 
     shutil.copytree(place / "task", place / "torn")
     (place / "torn" / "red" / "3.png").write_bytes((place / "torn" / "red" / "3.png").read_bytes()[:60])
     command = ("ensemble", "pool.safetensors", "torn", *ENSEMBLE[3:], "-o", "torn_out", "--no-plot")
-    stopped = _run(place, *command)
-    assert stopped.returncode == 1
-    assert "3.png is no readable image" in stopped.stderr
-    done = _run(place, *command, "--bad-images", "skip", "--json")
-    assert done.returncode == 0, done.stderr
-    assert "warning: skipped 1 of 24 images: " in done.stderr
-    record = json.loads(done.stdout)
+    stopped = here(place, *command)
+    assert stopped.code == 1
+    assert "3.png is no readable image" in stopped.err
+    done = here(place, *command, "--bad-images", "skip", "--json")
+    assert done.code == 0, done.err
+    assert "warning: skipped 1 of 24 images: " in done.err
+    record = json.loads(done.out)
     assert record["n_images"] == 23
     (skipped,) = record["skipped_images"]
     assert (skipped["count"], skipped["total"]) == (1, 24)
     report = json.loads((place / "torn_out" / "report.json").read_text())
     assert report["settings"]["skipped_images"] == [skipped]
-    assert _run(place, *command, "--bad-images", "ignore").returncode == 2
+    assert here(place, *command, "--bad-images", "ignore").code == 2
 
 
-def test_links_out_of_a_folder_are_followed_where_that_is_asked_for(place):
+def test_links_out_of_a_folder_are_followed_where_that_is_asked_for(place, here):
     (place / "linked").mkdir()
     for kind in ("red", "green"):
         (place / "linked" / kind).symlink_to(place / "task" / kind, target_is_directory=True)
     command = ("ensemble", "pool.safetensors", "linked", *ENSEMBLE[3:], "-o", "linked_out", "--no-plot")
-    refused = _run(place, *command)
-    assert refused.returncode == 1
-    assert "--follow-links" in refused.stderr
-    done = _run(place, *command, "--follow-links", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["n_images"] == len(list((place / "linked").glob("*/*.png")))
+    refused = here(place, *command)
+    assert refused.code == 1
+    assert "--follow-links" in refused.err
+    done = here(place, *command, "--follow-links", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["n_images"] == len(list((place / "linked").glob("*/*.png")))
 
 
 @pytest.mark.parametrize(
@@ -157,10 +152,10 @@ def test_errors_are_one_line_with_an_exit_code(place, arguments, code, message, 
     assert done.out == ""
 
 
-def test_help():
-    done = _run(Path(), "ensemble", "--help")
-    assert done.returncode == 0
-    assert "--lambda" in done.stdout
+def test_help(here, tmp_path):
+    done = here(tmp_path, "ensemble", "--help")
+    assert done.code == 0
+    assert "--lambda" in done.out
 
 
 def test_ctrl_c_leaves_nothing_behind(place):
@@ -168,7 +163,7 @@ def test_ctrl_c_leaves_nothing_behind(place):
     process = subprocess.Popen(
         command,
         cwd=place,
-        env=_env(os.environ | {"OMP_NUM_THREADS": "1"}),
+        env=_environment(),
         stderr=subprocess.PIPE,
         # Tests started in a shell's background ignore the signal, and so would their children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -185,12 +180,11 @@ def test_ctrl_c_leaves_nothing_behind(place):
     assert not (place / "interrupted").exists()
 
 
-def test_processes_of_torchrun_share_the_images(place):
-    assert _run(place, *ENSEMBLE, "--out", "one", "--batch-size", 5, "--no-plot").returncode == 0
+def test_processes_of_torchrun_share_the_images(place, here):
+    assert here(place, *ENSEMBLE, "--out", "one", "--batch-size", 5, "--no-plot").code == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command += ["-m", "hgprompt.cli", *ENSEMBLE, "--out", "two", "--batch-size", "5", "--json"]
-    environment = _env(os.environ | {"OMP_NUM_THREADS": "1"})
-    run = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, cwd=place, env=_environment(), capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["n_images"] == 24  # one JSON object: the first process alone prints
     one, two = (EnsembleResult.load(place / folder) for folder in ("one", "two"))

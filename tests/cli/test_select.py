@@ -1,12 +1,8 @@
-"""hgprompt select in a process of its own: the pool it writes is what select_prompts finds."""
+"""hgprompt select: the pool it writes is what select_prompts finds."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,24 +22,18 @@ def place(tmp_path_factory):
     return root
 
 
-def _run(place, *arguments):
-    environment = os.environ | {"COLUMNS": "120", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "hgprompt.cli", *COMMAND, *arguments]
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
-
-
-def test_writes_the_pool_of_the_prompts_selected(place):
-    done = _run(place, "--size", "2", "--limit", "128", "--json", "--full-evaluation")
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout)
+def test_writes_the_pool_of_the_prompts_selected(place, here):
+    done = here(place, *COMMAND, "--size", "2", "--limit", "64", "--json", "--full-evaluation")
+    assert done.code == 0, done.err
+    record = json.loads(done.out)
     pool = PromptPool.load(place / "selected.safetensors")
     assert list(record["weights"]) == list(pool)
     assert record["share"] < 1
     assert record["rounds"][0] == [0, 8]
     # The same as from Python: one order of the images, drawn with the seed.
     vit = load_backbone("mini", device="cpu")
-    images = render_task("sprite-x-location", 128, image_size=64)
-    images = images.subset(torch.randperm(128, generator=torch.Generator().manual_seed(0)))
+    images = render_task("sprite-x-location", 64, image_size=64)
+    images = images.subset(torch.randperm(64, generator=torch.Generator().manual_seed(0)))
     expected = select_prompts(PromptPool.load(place / "pool.safetensors"), images.batches(16), size=2, backbone=vit)
     assert tuple(pool) == expected.names
     assert torch.equal(pool.stack(), expected.pool.stack())

@@ -48,17 +48,11 @@ def _environment():
     return os.environ | {"COLUMNS": "140", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-def _run(place, *arguments):
-    return subprocess.run(
-        _command(*arguments), cwd=place, env=_environment(), capture_output=True, text=True, timeout=300
-    )
-
-
-def test_the_whole_road(place):
-    trained = _run(place, "train-source", "fruit", "birds", "--pool", "pool.safetensors", "--tokens", "4", *FAST)
-    assert trained.returncode == 0, trained.stderr
-    assert "2 shallow prompts of 4 tokens, 192 wide" in trained.stdout
-    assert trained.stdout.splitlines()[-1] == "wrote pool.safetensors"
+def test_the_whole_road(place, here):
+    trained = here(place, "train-source", "fruit", "birds", "--pool", "pool.safetensors", "--tokens", "4", *FAST)
+    assert trained.code == 0, trained.err
+    assert "2 shallow prompts of 4 tokens, 192 wide" in trained.out
+    assert trained.out.splitlines()[-1] == "wrote pool.safetensors"
     pool = PromptPool.load(place / "pool.safetensors")
     assert pool.names == ("fruit", "birds")
     assert pool.backbone is not None
@@ -66,55 +60,55 @@ def test_the_whole_road(place):
     assert pool.metadata["birds"]["training"]["classes"] == 3
     assert not list(place.glob("*.checkpoint*"))
 
-    mixed = _run(place, "ensemble", "pool.safetensors", "stones", "-o", "mix", "--device", "cpu", "--quiet")
-    assert mixed.returncode == 0, mixed.stderr
+    mixed = here(place, "ensemble", "pool.safetensors", "stones", "-o", "mix", "--device", "cpu", "--quiet")
+    assert mixed.code == 0, mixed.err
 
-    tuned = _run(place, "tune", "stones", "--start", "mix", "--test", "stones", "-o", "tuned", *FAST)
-    assert tuned.returncode == 0, tuned.stderr
-    assert "test accuracy" in tuned.stdout
+    tuned = here(place, "tune", "stones", "--start", "mix", "--test", "stones", "-o", "tuned", *FAST)
+    assert tuned.code == 0, tuned.err
+    assert "test accuracy" in tuned.out
     assert sorted(os.listdir(place / "tuned")) == ["history.json", "tuned.safetensors", "tuning.png"]
     result = TuneResult.load(place / "tuned")
     assert result.class_names == ("flint", "jade")
     assert result.prompts.shape == (1, 4, 192)
-    assert "stones: tuned with mini" in _run(place, "inspect", "tuned").stdout
+    assert "stones: tuned with mini" in here(place, "inspect", "tuned").out
 
-    single = _run(place, "tune", "stones", "--start", "pool.safetensors:birds", "-o", "single", "--json", *FAST)
-    record = json.loads(single.stdout)
+    single = here(place, "tune", "stones", "--start", "pool.safetensors:birds", "-o", "single", "--json", *FAST)
+    record = json.loads(single.out)
     assert record["last"]["epoch"] == 2
 
     # A second run of the same command has nothing to do; a third source is added to the pool.
     before = (place / "pool.safetensors").read_bytes()
-    again = _run(place, "train-source", "fruit", "birds", "--pool", "pool.safetensors", "--tokens", "4", *FAST)
-    assert again.returncode == 0
+    again = here(place, "train-source", "fruit", "birds", "--pool", "pool.safetensors", "--tokens", "4", *FAST)
+    assert again.code == 0
     assert (place / "pool.safetensors").read_bytes() == before
-    added = _run(
+    added = here(
         place, "train-source", "procedural:elevation", "--pool", "pool.safetensors", "--limit", "20", *FAST, "--json"
     )
-    assert json.loads(added.stdout)["pool"] == ["fruit", "birds", "elevation"]
-    other = _run(place, "train-source", "fruit", "--pool", "pool.safetensors", "--lr", "1", *FAST)
-    assert other.returncode == 1
-    assert "already has a prompt named 'fruit'" in other.stderr
+    assert json.loads(added.out)["pool"] == ["fruit", "birds", "elevation"]
+    other = here(place, "train-source", "fruit", "--pool", "pool.safetensors", "--lr", "1", *FAST)
+    assert other.code == 1
+    assert "already has a prompt named 'fruit'" in other.err
     for option, message in ((("--seed", "7"), "started from seed 0"), (("--tokens", "5"), "prompts of 4 tokens")):
-        refused = _run(place, "train-source", "stones", "--pool", "pool.safetensors", *option, *FAST)
-        assert refused.returncode == 1
-        assert message in refused.stderr
+        refused = here(place, "train-source", "stones", "--pool", "pool.safetensors", *option, *FAST)
+        assert refused.code == 1
+        assert message in refused.err
     # A tuned prompt is a start too, and its folder's file can be looked at.
-    onward = _run(place, "tune", "stones", "--start", "tuned", "-o", "onward", *FAST)
-    assert onward.returncode == 0, onward.stderr
-    assert _run(place, "inspect", "onward/tuned.safetensors").returncode == 0
+    onward = here(place, "tune", "stones", "--start", "tuned", "-o", "onward", *FAST)
+    assert onward.code == 0, onward.err
+    assert here(place, "inspect", "onward/tuned.safetensors").code == 0
 
 
-def test_the_head_learns_at_a_quarter_of_the_prompts_rate(place):
-    assert _run(place, "tune", "stones", "--lr", "0.2", "-o", "quarter", *FAST).returncode == 0
+def test_the_head_learns_at_a_quarter_of_the_prompts_rate(place, here):
+    assert here(place, "tune", "stones", "--lr", "0.2", "-o", "quarter", *FAST).code == 0
     assert TuneResult.load(place / "quarter").config.head_lr == pytest.approx(0.05)
 
 
-def test_the_head_starts_fitted_on_request(place):
+def test_the_head_starts_fitted_on_request(place, here):
     still = ("--epochs", "1", "--lr", "0", "--head-lr", "0", "--device", "cpu", "--quiet")
     accuracies = {}
     for head in ("random", "fitted"):
-        done = _run(place, "tune", "stones", "--head", head, "-o", f"{head}-head", *still)
-        assert done.returncode == 0, done.stderr
+        done = here(place, "tune", "stones", "--head", head, "-o", f"{head}-head", *still)
+        assert done.code == 0, done.err
         accuracies[head] = TuneResult.load(place / f"{head}-head").history[-1]["train_accuracy"][0]
     # Nothing is learned: what is right is right from the start. A random head guesses one of two classes.
     assert accuracies["fitted"] > max(0.9, accuracies["random"])
@@ -134,10 +128,10 @@ def test_two_commands_add_to_one_pool(place):
     assert set(PromptPool.load(place / "shared.safetensors")) == {"fruit", "birds"}
 
 
-def test_killed_in_the_middle_and_run_again(place):
-    arguments = ("train-source", "birds", "--tokens", "2", "--epochs", "12", "--batch-size", "4", *FAST[4:])
-    undisturbed = _run(place, *arguments, "--pool", "whole.safetensors")
-    assert undisturbed.returncode == 0, undisturbed.stderr
+def test_killed_in_the_middle_and_run_again(place, here):
+    arguments = ("train-source", "birds", "--tokens", "2", "--epochs", "6", "--batch-size", "4", *FAST[4:])
+    undisturbed = here(place, *arguments, "--pool", "whole.safetensors")
+    assert undisturbed.code == 0, undisturbed.err
     process = subprocess.Popen(
         _command(*arguments, "--pool", "killed.safetensors"), cwd=place, env=_environment(), stderr=subprocess.DEVNULL
     )
@@ -149,8 +143,8 @@ def test_killed_in_the_middle_and_run_again(place):
     process.wait(timeout=60)
     assert checkpoint.exists()
     assert not (place / "killed.safetensors").exists()
-    resumed = _run(place, *arguments, "--pool", "killed.safetensors")
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = here(place, *arguments, "--pool", "killed.safetensors")
+    assert resumed.code == 0, resumed.err
     assert (place / "killed.safetensors").read_bytes() == (place / "whole.safetensors").read_bytes()
     assert not checkpoint.exists()
 
