@@ -219,7 +219,8 @@ class MultiPromptEncoder(nn.Module):
 
 
 def check_prompts(backbone: FrozenViT, prompts: Tensor) -> None:
-    """Raise PromptError unless prompts are floating [M, p, d] or [M, L, p, d] for this backbone, M ≥ 1."""
+    """Raise BackboneError unless the backbone is a packed one, PromptError unless prompts are floating [M, p, d] or
+    [M, L, p, d] for it, M ≥ 1."""
     if not isinstance(backbone, FrozenViT):
         raise BackboneError(
             f"backbone must be a FrozenViT, got {type(backbone).__name__}: "

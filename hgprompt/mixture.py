@@ -7,7 +7,7 @@ With Σ_a(α) the shrunk covariance of Σα_i f_i and R(α) [h, C] its class mea
 and Z, the discriminants, are all that a gradient needs beside: H_a(α) = (1-a) max_Z 2⟨Z, R(α)⟩ - ⟨Z, Σ_a(α) Z⟩, so that
 the derivative is that of the bracket at a fixed Z.
 
-Letters in shapes: M prompts, N images, h feature width, C observed classes, P = M(M+1)/2 pairs of prompts.
+Letters in shapes: M prompts, N images, h feature width, C observed classes.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def optimize_weights(
             `max_steps` steps of `learning_rate`, as Algorithm 1 does.
         starts: the objective is not convex: uniform, near-vertices and random points, the best of them by value.
         tolerance: Frank–Wolfe gap at which to stop.
-        max_steps: per start.
+        max_steps: per start; the cheaper steps of "exponentiated-gradient" are ten times as many.
         learning_rate: η of "projected-gradient".
         seed: of the random starts.
 

@@ -45,7 +45,7 @@ class EnsembleResult:
         n_images, n_classes: what the pass saw. n_gradient_images: of these, how many the gradients come from.
         sample_h_score, sample_h_score_mixed_prompt: on the gradient images alone, H of the mixed features and of the
             features under the mixed prompt: mixing features (Eq. 4) is not mixing prompts (Eq. 2), and their
-            difference says how far apart the two are here. NaN without gradient images.
+            difference says how far apart the two are here. NaN without a sample: with lam=0, or a head of your own.
         kept_bytes: statistics, gradient images and gradients that the pass kept (over a process group: on its first
             rank, where statistics are those of all).
         classes: observed labels. lam, settings: how it was asked for. backbone: which backbone.

@@ -201,7 +201,8 @@ def select_prompts(
         size: M, prompts to select.
         method: "halving" (`SuccessiveHalving`), "greedy" (`greedy_selection`) or "ranking" (`ranking_by_h_score`); the
             latter two show every prompt every image.
-        num_images: N of the loader; None: what the loader and its first batch say. Needed for "halving".
+        num_images: N of the loader; None: what the loader and its first batch say. "halving" needs it where
+            the loader has no length.
         budget: of "halving", as for `SuccessiveHalving`. shrinkage: as for `hgprompt.h_score`.
         full_evaluation: show every prompt every image all the same, to report the regret; `pairs` and `share` stay what
             the method needs.

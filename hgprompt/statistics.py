@@ -42,8 +42,8 @@ class EnsembleStatistics:
     says to which fold it goes, which only the uncertainty of a result and the cross-fitting of heads depend on.
 
     Args:
-        folds: groups of images that can be left out again (`Problem` without a fold), for jackknife errors and
-            cross-fitting. Moments are kept once per fold.
+        folds: groups of images that can be left out again (`without_fold`), for jackknife errors and cross-fitting.
+            Moments are kept once per fold.
         keep: "features", "moments", or "auto": whichever takes fewer bytes.
         max_bytes: memory that the statistics and their solve may take (`hgprompt.footprint`); None: what the device of
             the first batch has free, less a fifth.
@@ -187,7 +187,7 @@ class EnsembleStatistics:
     def select(self, prompts: Sequence[int]) -> EnsembleStatistics:
         """Statistics of these prompts alone, in this order; features are copied, nothing is shared.
 
-        Later errors name a prompt by its number here.
+        Errors about features that are not finite still name a prompt by its number here.
 
         Raises:
             StatisticsError: only moments are kept: what Ledoit–Wolf's intensity needs of another mixture is not there.

@@ -86,7 +86,8 @@ def main() -> None:
         sys.exit(getattr(error, "exit_code", 2))
     if code == 130:  # Typer's own answer to Ctrl-C
         typer.secho(
-            "interrupted; nothing half-written was left, and tuning goes on from its last epoch when run again",
+            "interrupted; nothing half-written was left. Run again, tuning goes on from its last epoch, and a pass "
+            "with --checkpoint-dir from its last checkpoint",
             fg="red",
             err=True,
         )

@@ -17,7 +17,7 @@ def demo(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the results.", rich_help_panel=options.OUTPUT_PANEL)
     ] = Path("hgprompt-demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="A minute or two: fewer images and epochs.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One to four minutes: fewer images and epochs.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Patience: more images, epochs and seeds.")] = False,
     target: Annotated[str | None, typer.Option(help=f"The task that is held out: {options.PROCEDURAL_NAMES}.")] = None,
     device: options.Device = None,

@@ -40,7 +40,8 @@ def reproduce(
     sources: Annotated[
         str | None,
         typer.Option(
-            help="Tasks to tune source prompts on, with commas. Default: the paper's and your own, all that are there.",
+            help="Tasks to tune source prompts on, with commas. Default: the paper's and your own, all "
+            "that are there (fig5: the paper's three).",
             show_default=False, rich_help_panel=_PROTOCOL,
         ),
     ] = None,

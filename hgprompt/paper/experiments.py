@@ -42,7 +42,8 @@ class Experiment:
 
     Attributes:
         name: of the command and the files. title: above the results.
-        targets: the paper's target tasks; None: its 13. sources: tasks whose prompts it needs; None: all.
+        targets: the paper's target tasks; None: its 13, and your own. sources: tasks whose prompts it needs; None: the
+            paper's 13 and your own.
         methods: that it compares unless asked otherwise; empty: it has no choice.
         cells: what has to be done. write: the files of what is done; records may be incomplete.
     """

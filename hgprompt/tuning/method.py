@@ -25,7 +25,8 @@ class Setting:
             parts of it.
         train: training images; what a method needs to know of the task it learns from these alone.
         num_classes: C. num_tokens: p of a prompt. deep: a prompt for every block.
-        pool: source prompts, without the target's own; None for methods that need none.
+        pool: source prompts, without the target's own (but for Fig. 4, which asks for it); None for methods that need
+            none.
     """
 
     backbone: FrozenViT

@@ -71,8 +71,8 @@ GRIDS: dict[str, dict[str, Grid]] = {
 """By name and kind of method: "full" is VPT's, "rates" has its rates and one weight decay, "quick" four of them."""
 
 _FORMAT, _VERSION, _MAX_BYTES = "hgprompt-judged", 1, 2**22
-_RUNS_AT_ONCE = {"prompt": 64, "linear": 64, "fine-tune": 4}
 # A run of a prompt is a few numbers, one of a fine-tuned network may be a copy of the network.
+_RUNS_AT_ONCE = {"prompt": 64, "linear": 64, "fine-tune": 4}
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,7 +83,7 @@ def train(
         evaluate_every: accuracy on `test` after every so many epochs; always after the last. 0: after the last alone.
         strict: raise where a run stops being finite. Without it that run stays where it is, marked as diverged, and
             the others go on.
-        names: of the runs, for messages.
+        names: of the runs: in messages, and in the checkpoint's identity.
         checkpoint: a file that is written after every epoch, whole or not at all. Where it is there already, training
             continues from it and ends with the same bits as an undisturbed one.
         identity: what else makes two trainings one and the same (backbone, method), JSON-able: only then may one

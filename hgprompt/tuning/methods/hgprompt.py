@@ -14,9 +14,11 @@ _BATCH = 64
 
 
 class HGPrompt(StartMethod):
-    """Args:
-    lam: λ of Eq. 12; 0: the H-score alone.
-    gradient_images: as for `fast_ensemble`.
+    """Start from HGPrompt's mixture of the sources.
+
+    Args:
+        lam: λ of Eq. 12; 0: the H-score alone.
+        gradient_images: as for `fast_ensemble`.
     """
 
     name = "HGPrompt"

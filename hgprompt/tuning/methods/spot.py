@@ -16,10 +16,12 @@ Similarity = Literal["average", "pairs"]
 
 
 class SPoT(StartMethod):
-    """Args:
-    top: sources to take: 1 is the most similar alone; more are weighted by their similarities.
-    epochs: of the early target prompt.
-    similarity: cosine of the average tokens, or the average cosine of all pairs of tokens.
+    """Start from the most similar source, or from a mixture of some.
+
+    Args:
+        top: sources to take: 1 is the most similar alone; more are weighted by their similarities.
+        epochs: of the early target prompt.
+        similarity: cosine of the average tokens, or the average cosine of all pairs of tokens.
     """
 
     name = "SPoT"
