@@ -27,7 +27,7 @@ from hgprompt.inputs import Prompts, digest, gpu_of, num_batches, resolve
 from hgprompt.kernels.gram import grams, grams_reference
 from hgprompt.objective import Shrinkage
 from hgprompt.one_pass import READING, Pass
-from hgprompt.optimize import Solution, Solver, WeightProblem, check_options, jackknife_std
+from hgprompt.optimize import Solution, Solver, WeightProblem, check_problem, check_question, jackknife_std
 from hgprompt.progress import Progress, Reporter
 from hgprompt.result import EnsembleResult
 from hgprompt.sample import ImageSample
@@ -154,10 +154,8 @@ def fast_ensemble(
             tolerance = None if tolerance is None else real("tolerance", tolerance)
             checkpoint_every = real("checkpoint_every", checkpoint_every)
             micro_batch = None if micro_batch is None else whole("micro_batch", micro_batch)
-            check_options(
-                lam=lam, shrinkage=shrinkage, solver=solver, starts=starts, tolerance=gap_tolerance,
-                max_steps=max_steps, learning_rate=learning_rate, seed=seed,
-            )  # fmt: skip
+            check_question(lam, solver, learning_rate)
+            check_problem(shrinkage, starts, gap_tolerance, max_steps, seed)
             _check_pass_options(lam, gradient_images, folds, head, shard, micro_batch)
             rule = None if tolerance is None else StopRule(tolerance, folds)
             pool, stack, vit = resolve(prompts, backbone, device, dtype)

@@ -106,7 +106,7 @@ def mixture_of(
         warm: weights over these prompts to start from too.
     """
     problem = WeightProblem(statistics.select(prompts), shrinkage=intensity, tolerance=tolerance)
-    return problem.solve_within(range(len(prompts)), 0.0, warm=warm)
+    return problem.solve(0.0, warm=warm)
 
 
 @dataclass(frozen=True)

@@ -99,10 +99,7 @@ def optimize_weights(
     Raises:
         DataError, PromptError: statistics that no H-score can be computed from. OptionError: bad arguments.
     """
-    check_options(
-        lam=lam, shrinkage=shrinkage, solver=solver, starts=starts, tolerance=tolerance, max_steps=max_steps,
-        learning_rate=learning_rate,
-    )  # fmt: skip
+    check_question(lam, solver, learning_rate)
     problem = WeightProblem(
         statistics, gram, shrinkage=shrinkage, normalize=normalize, tolerance=tolerance, max_steps=max_steps,
         starts=starts, seed=seed,
@@ -132,10 +129,7 @@ class WeightProblem:
         max_steps: int = 200,
         seed: int = 0,
     ) -> None:
-        check_options(
-            lam=0.0, shrinkage=shrinkage, solver="quasi-newton", starts=starts, tolerance=tolerance,
-            max_steps=max_steps, seed=seed,
-        )  # fmt: skip
+        check_problem(shrinkage, starts, tolerance, max_steps, seed)
         size = statistics.num_prompts
         if gram is not None and tuple(gram.shape) != (size, size):
             raise OptionError(f"gram must be [{size}, {size}] for {size} prompts, got {list(gram.shape)}")
@@ -164,26 +158,23 @@ class WeightProblem:
         """Standard error of H at α [M], see `hgprompt.uncertainty`."""
         return h_score_std(self.statistics, self.score, weights.numpy())
 
-    def solve(self, lam: float, *, solver: Solver = "quasi-newton", learning_rate: float = 0.005) -> Solution:
-        """The best of several starts for one λ; arguments as for `optimize_weights`."""
-        check_options(lam=lam, shrinkage=0.0, solver=solver, starts=self.starts, learning_rate=learning_rate)
-        return self._solve(lam, self._everyone, solver=solver, learning_rate=learning_rate)
-
-    def solve_within(self, prompts: Sequence[int], lam: float, *, warm: Sequence[Tensor] = ()) -> Solution:
-        """The best mixture of some of the prompts; weights [M] with 0 for the others.
+    def solve(
+        self,
+        lam: float,
+        *,
+        warm: Sequence[Tensor] = (),
+        solver: Solver = "quasi-newton",
+        learning_rate: float = 0.005,
+    ) -> Solution:
+        """The best of several starts for one λ.
 
         Args:
-            prompts: indices, each once. lam: λ. warm: weights [M] to start from too, as far as they lie within; what
-                is found is no worse than they are.
-
-        Raises:
-            OptionError: no prompts, or some that are not there, or are named twice.
+            warm: weights [M] to start from too; what is found is no worse than they are.
+            lam, solver, learning_rate: as for `optimize_weights`.
         """
-        check_options(lam=lam, shrinkage=0.0, solver="quasi-newton", starts=self.starts)
-        prompts = [whole("an index", i) for i in prompts]
-        if not prompts or len(set(prompts)) < len(prompts) or not set(prompts) <= set(range(self.size)):
-            raise OptionError(f"prompts must be different indices from 0 to {self.size - 1}, got {prompts}")
-        return self._solve(lam, np.asarray(prompts), warm=[w.numpy() for w in warm])
+        check_question(lam, solver, learning_rate)
+        starts = [w.numpy() for w in warm]
+        return self._solve(lam, self._everyone, warm=starts, solver=solver, learning_rate=learning_rate)
 
     def path(self, lams: Sequence[float]) -> list[Solution]:
         """Solutions along λ, in the order given. The largest λ is solved first, where the problem is closest to
@@ -191,7 +182,7 @@ class WeightProblem:
         found: dict[float, Solution] = {}
         warm: list[Vector] = []
         for lam in sorted(set(lams), reverse=True):
-            check_options(lam=lam, shrinkage=0.0, solver="quasi-newton", starts=self.starts)
+            check_question(lam)
             found[lam] = self._solve(lam, self._everyone, warm=warm)
             warm = [found[lam].weights.numpy()]
         return [found[lam] for lam in lams]
@@ -468,39 +459,34 @@ def jackknife_std(weights_without_fold: Tensor) -> Tensor:
     return ((folds - 1) * weights_without_fold.var(dim=0, correction=0)).sqrt()
 
 
-def check_options(
-    *,
-    lam: float,
-    shrinkage: Shrinkage,
-    solver: Solver,
-    starts: int,
-    tolerance: float = 0.0,
-    max_steps: int = 1,
-    learning_rate: float = 1.0,
-    seed: int = 0,
-) -> None:
-    """Raise OptionError for what can be known to be wrong before any work is done."""
-    for name, value in {"lam": lam, "tolerance": tolerance, "learning_rate": learning_rate}.items():
-        real(name, value)
+def check_problem(shrinkage: Shrinkage, starts: int, tolerance: float, max_steps: int, seed: int) -> None:
+    """Raise OptionError for what no `WeightProblem` can be made of."""
+    real("tolerance", tolerance)
     for name, value in {"starts": starts, "max_steps": max_steps, "seed": seed}.items():
         whole(name, value)
-    if not 0 <= lam <= MAX_LAM:
-        raise OptionError(f"lam must be a number from 0 to {MAX_LAM:g}, got {lam}")
     check_shrinkage(shrinkage)
-    if solver not in ("quasi-newton", "exponentiated-gradient", "projected-gradient"):
-        raise OptionError(
-            f"solver must be 'quasi-newton', 'exponentiated-gradient' or 'projected-gradient', got {solver!r}"
-        )
     if starts < 1:
         raise OptionError(f"starts must be at least 1, got {starts}")
     if not 0 <= tolerance < math.inf:
         raise OptionError(f"the tolerance of the Frank–Wolfe gap must be a number from 0 on, got {tolerance}")
     if max_steps < 1:
         raise OptionError(f"max_steps must be at least 1, got {max_steps}")
-    if not 0 < learning_rate < math.inf:
-        raise OptionError(f"learning_rate must be a number above 0, got {learning_rate}")
     if not 0 <= seed < 2**63:
         raise OptionError(f"seed must be from 0 to 2^63 - 1, got {seed}")
+
+
+def check_question(lam: float, solver: Solver = "quasi-newton", learning_rate: float = 0.005) -> None:
+    """Raise OptionError for what no problem can be asked."""
+    for name, value in {"lam": lam, "learning_rate": learning_rate}.items():
+        real(name, value)
+    if not 0 <= lam <= MAX_LAM:
+        raise OptionError(f"lam must be a number from 0 to {MAX_LAM:g}, got {lam}")
+    if solver not in ("quasi-newton", "exponentiated-gradient", "projected-gradient"):
+        raise OptionError(
+            f"solver must be 'quasi-newton', 'exponentiated-gradient' or 'projected-gradient', got {solver!r}"
+        )
+    if not 0 < learning_rate < math.inf:
+        raise OptionError(f"learning_rate must be a number above 0, got {learning_rate}")
 
 
 def _distinct(points: Sequence[Vector], functions: Sequence[Function] | None = None) -> tuple[list[int], list[int]]:

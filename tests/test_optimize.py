@@ -147,12 +147,6 @@ def test_a_path_is_the_solutions_one_by_one(width):
         assert solution.diagnostics.gap <= 1e-6
 
 
-@pytest.mark.parametrize("prompts", [[], [0, 0], [0, 4], [-1]], ids=str)
-def test_solving_within_no_such_prompts(prompts):
-    with pytest.raises(OptionError, match="different indices from 0 to 3"):
-        WeightProblem(statistics_of(*data(30, 4, 4, 3))).solve_within(prompts, 0.0)
-
-
 def test_a_gram_matrix_that_is_not_finite():
     with pytest.raises(OptionError, match="not finite"):
         WeightProblem(statistics_of(*data(30, 2, 4, 3)), torch.full((2, 2), float("nan")))
@@ -192,7 +186,7 @@ def test_a_warm_start_is_never_lost(seed):
         three = np.zeros(13)
         three[draw.choice(13, 3, replace=False)] = 1 / 3
         minimum = simplex.quasi_newton(whole, three, tolerance=1e-5)
-        found = problem.solve_within(range(13), 0.0, warm=[torch.from_numpy(minimum.weights)])
+        found = problem.solve(0.0, warm=[torch.from_numpy(minimum.weights)])
         assert found.diagnostics.objective <= minimum.value + 1e-9  # rounding, in a basis of hundreds of directions
 
 
