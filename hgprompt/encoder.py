@@ -50,10 +50,26 @@ class MicroBatch:
         self.size = size
         self._halved: int | None = None
 
+    @classmethod
+    def of(cls, micro_batch: int | MicroBatch | None) -> MicroBatch:
+        """What `encode` was given, in one form."""
+        return micro_batch if isinstance(micro_batch, MicroBatch) else cls(micro_batch)
+
     def resolve(self, backbone: FrozenViT, prompts: Tensor, *, backward: bool) -> int:
-        """The number for a call, as `resolve_micro_batch`, or what was left of it."""
-        size = resolve_micro_batch(backbone, prompts, self.size, backward=backward)
+        """The number for a call: the caller's, or what suits the device and its free memory; or what was left of it."""
+        size = self._suitable(backbone, prompts, backward=backward) if self.size is None else self.size
         return size if self._halved is None else min(size, self._halved)
+
+    @staticmethod
+    def _suitable(backbone: FrozenViT, prompts: Tensor, *, backward: bool) -> int:
+        at_once = _TOKENS_PER_MICRO_BATCH.get(backbone.device.type, 2048)
+        tokens = backbone.num_image_tokens + prompts.shape[-2]
+        if backbone.device.type == "cuda":
+            free = _SHARE_OF_FREE_MEMORY * free_gpu_bytes(backbone.device)
+            fits = max(1, int(free / bytes_per_token(backbone, tokens, backward=backward)))
+            # A power of two: a little more or less free memory than the last time gives the same sums.
+            at_once = min(at_once, 1 << (fits.bit_length() - 1))
+        return max(1, at_once // tokens)
 
     def halve(self, pairs: int, device: torch.device, reason: str) -> int:
         """Half of the pairs that were too many, from now on."""
@@ -101,7 +117,7 @@ def encode(
     num_images = _check_images(backbone, images, len(prompts))
     ops = operations.select(backbone, impl)
     needs_grad = torch.is_grad_enabled() and prompts.requires_grad
-    limit = micro_batch if isinstance(micro_batch, MicroBatch) else MicroBatch(micro_batch)
+    limit = MicroBatch.of(micro_batch)
     size = limit.resolve(backbone, prompts, backward=needs_grad)
     with _no_autocast(backbone):
         prompts = prompts.to(device=backbone.device, dtype=backbone.dtype)
@@ -151,7 +167,7 @@ def pull_back(
     check_prompts(backbone, prompts)
     num_images = _check_images(backbone, images, len(prompts))
     ops = operations.select(backbone, impl)
-    limit = micro_batch if isinstance(micro_batch, MicroBatch) else MicroBatch(micro_batch)
+    limit = MicroBatch.of(micro_batch)
     size = limit.resolve(backbone, prompts, backward=True)
     precise = torch.promote_types(backbone.dtype, torch.float32)
     # inference_mode(False): a caller inside inference mode would otherwise get tensors without a graph.
@@ -241,20 +257,6 @@ def check_prompts(backbone: FrozenViT, prompts: Tensor) -> None:
         )
     if prompts.ndim == 4 and shape[1] != backbone.depth:
         raise PromptError(f"deep prompts have {shape[1]} layers, {backbone.name} has {backbone.depth} blocks")
-
-
-def resolve_micro_batch(backbone: FrozenViT, prompts: Tensor, micro_batch: int | None, *, backward: bool) -> int:
-    """Image–prompt pairs per micro-batch: the caller's, or what suits the device and its free memory."""
-    if micro_batch is None:
-        at_once = _TOKENS_PER_MICRO_BATCH.get(backbone.device.type, 2048)
-        tokens = backbone.num_image_tokens + prompts.shape[-2]
-        if backbone.device.type == "cuda":
-            free = _SHARE_OF_FREE_MEMORY * free_gpu_bytes(backbone.device)
-            fits = max(1, int(free / bytes_per_token(backbone, tokens, backward=backward)))
-            # A power of two: a little more or less free memory than the last time gives the same sums.
-            at_once = min(at_once, 1 << (fits.bit_length() - 1))
-        return max(1, at_once // tokens)
-    return micro_batch
 
 
 def bytes_per_token(backbone: FrozenViT, tokens: int, *, backward: bool) -> int:

@@ -52,14 +52,6 @@ class DistributedError(HGPromptError, RuntimeError):
     """Ranks of a process group that do not work together: called differently, or one has failed, died or hung."""
 
 
-def of_a_worker(error: HGPromptError) -> HGPromptError:
-    """The error itself, where a DataLoader has wrapped it in the traceback of the worker process that raised it."""
-    text = str(error).strip()
-    if not text.startswith("Caught ") or "\n" not in text:
-        return error
-    return type(error)(text.splitlines()[-1].partition(": ")[2])
-
-
 class HGPromptWarning(UserWarning):
     """Something that the caller should know about, although the call goes on."""
 

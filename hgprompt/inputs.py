@@ -19,9 +19,9 @@ from hgprompt.batch_checks import check_labels
 from hgprompt.bundled import load_backbone
 from hgprompt.distributed import Ranks
 from hgprompt.encoder import check_prompts
-from hgprompt.errors import BackboneError, DataError, DistributedError, HGPromptError, of_a_worker
+from hgprompt.errors import BackboneError, DataError, DistributedError, HGPromptError
 from hgprompt.pool import PromptPool
-from hgprompt.workers import end_workers, failure_in_words
+from hgprompt.workers import end_workers, failure_in_words, of_a_worker
 
 Prompts = PromptPool | Mapping[str, Tensor] | Sequence[Tensor] | Tensor
 

@@ -177,17 +177,6 @@ class Moments:
             return alone
         return self._alone(lambda t: (weights.to(t) @ t)[None], lambda: self.quadratic(weights)[:, None])
 
-    def project(self, basis: Tensor) -> Moments:
-        """Moments of the features in an orthonormal basis [h, k]: yQ instead of y. Fourth sums do not come along."""
-        projected = Moments(self.num_prompts, basis.shape[1])
-        if self.centre is not None:
-            projected.count, projected.centre, projected.sums = self.count, self.centre @ basis, self.sums @ basis
-            projected.rows = [torch.einsum("hk,hml->kml", basis, row @ basis) for row in self.rows]
-            projected.third, projected.fourth = (t.to(basis.device) for t in (projected.third, projected.fourth))
-            projected.class_counts = dict(self.class_counts)
-            projected.class_sums = {label: total @ basis for label, total in self.class_sums.items()}
-        return projected
-
     def _alone(self, select: Callable[[Tensor], Tensor], second: Callable[[], Tensor]) -> Moments:
         alone = Moments(1, self.width)
         if self.centre is not None:

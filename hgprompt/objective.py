@@ -138,13 +138,6 @@ def _check_gradients(gradients: Tensor) -> None:
         raise DataError(f"gradients must be floating point [M, ...], got {kind_of(gradients)}")
 
 
-def unit_gradients(gradients: Tensor) -> Tensor:
-    """ĝ of Eq. 8, [..., D] in float64, for gradients [..., D]; a zero gradient has no direction and stays zero."""
-    g = gradients.double()
-    norms = g.norm(dim=-1, keepdim=True)
-    return torch.where(norms > 0, g / norms.clamp_min(1e-300), torch.zeros_like(g))
-
-
 def resolve_intensity(shrinkage: Shrinkage, n: int, covariance: Tensor, fourth: Tensor) -> float:
     """Shrinkage intensity in [0, 1].
 

@@ -98,11 +98,12 @@ class MomentProjection:
         del known
         basis = basis.to(self.mixture.mean.device)
         n, mean = self.mixture.n, self.mixture.mean @ basis
-        moments = self.mixture.moments.project(basis)
-        rows, columns = torch.tril_indices(moments.width, moments.width, device="cpu")
+        k = basis.shape[1]
+        rows, columns = torch.tril_indices(k, k, device="cpu")
         blocks = []
-        for i, row in enumerate(moments.rows):
-            c = row.transpose(0, 1) / n - mean[i][None, :, None] * mean[i:, None, :]
+        for i, row in enumerate(self.mixture.moments.rows):
+            projected = torch.einsum("hk,hml->mkl", basis, row @ basis)
+            c = projected / n - mean[i][None, :, None] * mean[i:, None, :]
             c = c + c.transpose(1, 2)
             c[0] /= 2
             blocks.append(c[:, rows, columns])

@@ -36,6 +36,7 @@ from hgprompt.greedy import (
 )
 from hgprompt.inputs import Prompts, digest, gpu_of, images_in, num_batches, read, resolve, same_batches
 from hgprompt.objective import HScore, Shrinkage, check_shrinkage
+from hgprompt.one_pass import READING
 from hgprompt.pool import PromptPool
 from hgprompt.progress import Progress, Reporter
 from hgprompt.statistics import EnsembleStatistics
@@ -45,7 +46,6 @@ from hgprompt.workers import reading
 logger = logging.getLogger(__name__)
 
 Method = Literal["halving", "greedy", "ranking"]
-_READING = "reading the images"
 _FINAL_SHARE = 0.5  # of halving's budget, for those prompts that see every image
 _FINALISTS = 32  # may be as many as that, however few are wanted
 
@@ -236,9 +236,9 @@ def select_prompts(
         halving: SuccessiveHalving | None = None
         everything = EnsembleStatistics(keep="features")
         with reading(), contextlib.closing(read(loader, vit)) as own:
-            batches = own if ranks.alone else same_batches(own, ranks, _READING)
+            batches = own if ranks.alone else same_batches(own, ranks, READING)
             for position, (images, labels) in enumerate(batches, start=1):
-                with ranks.together(_READING):
+                with ranks.together(READING):
                     if ranks.first and method == "halving" and halving is None:
                         count = num_images if num_images is not None else _expected(loader, len(images))
                         halving = SuccessiveHalving(len(pool), size, count, budget=budget, shrinkage=shrinkage)
@@ -248,13 +248,13 @@ def select_prompts(
                 survivors = torch.arange(len(pool), device="cpu") if halving is None else halving.survivors
                 survivors = ranks.broadcast({"survivors": survivors})[0]["survivors"]
                 seen = torch.arange(len(pool), device="cpu") if full_evaluation else survivors
-                with ranks.together(_READING):
+                with ranks.together(READING):
                     mine = seen[slices(len(seen), ranks.world)[ranks.rank]]
                     features = torch.zeros(0, len(images), vit.width, dtype=vit.dtype, device=vit.device)
                     if len(mine):
                         features = encode(vit, stack[mine.to(vit.device)], images, micro_batch=pairs, impl=impl)
                 features = torch.cat(ranks.gather(features))
-                with ranks.together(_READING):
+                with ranks.together(READING):
                     if ranks.first and (halving is None or full_evaluation):
                         everything.update(features, labels)
                     if halving is not None:

@@ -90,12 +90,12 @@ def fit_heads(kind: FittedHead, statistics: EnsembleStatistics, *, device: torch
         `folds` LinearHeads in float32 (float64 where the features are).
     """
     m = statistics.num_prompts
-    intensity = lda_intensity(statistics)
+    uniform = statistics.mixture_moments()
+    intensity = lda_intensity(uniform)
     left_out = range(statistics.folds) if statistics.folds > 1 else [None]
     heads: list[list[tuple[Tensor, Tensor, Tensor]]] = []
     if kind == "shared-lda":
-        by_fold = statistics.mixture_moments()
-        heads = [[_lda(merged(by_fold, k), intensity)] * m for k in left_out]
+        heads = [[_lda(merged(uniform, k), intensity)] * m for k in left_out]
     else:
         heads = [[] for _ in range(statistics.folds)]
         for i in range(m):
@@ -182,9 +182,10 @@ def held_out_logits(
     return torch.cat(parts, dim=1), torch.cat(targets)
 
 
-def lda_intensity(statistics: EnsembleStatistics) -> float:
-    """Ledoit–Wolf intensity of the uniform mixture: one for all prompts, whatever the H-score is shrunk with."""
-    moments = merged(statistics.mixture_moments())
+def lda_intensity(uniform: Sequence[Moments]) -> float:
+    """Ledoit–Wolf intensity of the uniform mixture, from its moments fold by fold: one for all prompts, whatever the
+    H-score is shrunk with."""
+    moments = merged(uniform)
     mean = moments.sums[0] / moments.count
     covariance = moments.mixed_second() / moments.count - torch.outer(mean, mean)
     return resolve_intensity("ledoit-wolf", moments.count, covariance, moments.shifted_fourth(-mean)[1])

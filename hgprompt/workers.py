@@ -45,6 +45,12 @@ def reading() -> Iterator[None]:
         raise failure from error
 
 
+def of_a_worker(error: HGPromptError) -> HGPromptError:
+    """The error itself, where a DataLoader has wrapped it in the traceback of the worker process that raised it."""
+    last = _last_line_of_a_worker(error)
+    return error if last is None else type(error)(last.partition(": ")[2])
+
+
 def failure_in_words(error: Exception, *, has_workers: bool) -> str:
     """Why a loader failed, and where its workers have to do with it, what to do.
 
@@ -52,10 +58,16 @@ def failure_in_words(error: Exception, *, has_workers: bool) -> str:
         has_workers: the error came from a DataLoader with worker processes: then a connection that is lost is that to
             one of them, for what is raised within a worker comes with its traceback as text.
     """
+    last = _last_line_of_a_worker(error)
+    if last is not None:
+        return f"{last} (in a worker process)"
+    return _of_torch(error, has_workers=has_workers) or f"{type(error).__name__}: {str(error).strip()}"
+
+
+def _last_line_of_a_worker(error: Exception) -> str | None:
+    """Of the traceback that came from a worker process, "Kind: message"; None where the error is of this process."""
     text = str(error).strip()
-    if text.startswith("Caught ") and "\n" in text:  # with the traceback of the worker that raised it
-        return f"{text.splitlines()[-1]} (in a worker process)"
-    return _of_torch(error, has_workers=has_workers) or f"{type(error).__name__}: {text}"
+    return text.splitlines()[-1] if text.startswith("Caught ") and "\n" in text else None
 
 
 def _of_torch(error: BaseException, *, has_workers: bool = False) -> str | None:

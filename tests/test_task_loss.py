@@ -44,7 +44,7 @@ def _statistics(features, labels, keep="features", folds=4):
 def test_heads_are_cross_fitted_lda(kind, keep):
     features, labels = _data()
     statistics = _statistics(features, labels, keep)
-    intensity = 1.0 if kind == "centroid" else lda_intensity(statistics)
+    intensity = 1.0 if kind == "centroid" else lda_intensity(statistics.mixture_moments())
     fold = FOLD_OF
     for k, head in enumerate(fit_heads(kind, statistics, device=torch.device("cpu"))):
         ours = head.logits(features[:, fold == k], slice(None))

@@ -32,7 +32,7 @@ from torch import Tensor
 from hgprompt import simplex
 from hgprompt.arguments import kind_of
 from hgprompt.errors import DataError, OptionError, PromptError
-from hgprompt.objective import cosine_loss, gram_of, mixture_from, unit_gradients
+from hgprompt.objective import cosine_loss, gram_of, mixture_from
 from hgprompt.simplex import Vector
 from hgprompt.statistics import EnsembleStatistics
 
@@ -75,8 +75,8 @@ class TargetAlignment:
         Raises:
             DataError: gradients that are not finite. OptionError: shapes. PromptError: t or every gradient is zero.
         """
-        g = unit_gradients(_flat(gradients, 1))
-        t = unit_gradients(_flat(target[None], 1))[0]
+        g = _unit(_flat(gradients, 1))
+        t = _unit(_flat(target[None], 1))[0]
         _require_same_size(g, t)
         if not bool(t.any()):
             raise PromptError("the target's gradient is zero: it has no direction to align with")
@@ -137,11 +137,11 @@ class CrossFoldAlignment:
                 no prompt has a direction, or one alone where its own is left out.
         """
         g = _folds(gradients, "cross-validation needs another fold to compare with")
-        here, there = unit_gradients(g), unit_gradients(g.sum(0) - g)  # [folds, M, D]
+        here, there = _unit(g), _unit(g.sum(0) - g)  # [folds, M, D]
         _require_direction(here.square().sum((0, 2)))
         grams = here @ here.mT
         if not leave_own_out:
-            target = unit_gradients(there.sum(1))
+            target = _unit(there.sum(1))
             kept = target.square().sum(1)  # 1, or 0 where the other folds' directions cancel
             if not bool(kept.any()):
                 raise PromptError("the prompts' gradients cancel on every fold: their mean has no direction")
@@ -245,7 +245,7 @@ class GradientVariance:
         """
         g = _folds(gradients, "one fold has no variance")
         if normalize:
-            g = unit_gradients(g)
+            g = _unit(g)
         deviations = g - g.mean(0)
         variance, square = (torch.einsum("kid,kjd->ij", x, x) for x in (deviations, g))
         return cls(variance, square)
@@ -291,8 +291,8 @@ class FisherMatching:
         Raises:
             DataError: gradients that are not finite. OptionError: shapes. PromptError: F_t or some F_i is zero.
         """
-        f = unit_gradients(_flat(gradients, 2).square().mean(0))
-        t = unit_gradients(_flat(target, 1).square().mean(0))
+        f = _unit(_flat(gradients, 2).square().mean(0))
+        t = _unit(_flat(target, 1).square().mean(0))
         _require_same_size(f, t)
         if not bool(t.any()):
             raise PromptError("the target's Fisher information is zero: there is nothing to match")
@@ -437,6 +437,13 @@ def _flat(gradients: Tensor, leading: int) -> Tensor:
     if not bool(gradients.isfinite().all()):
         raise DataError("gradients are not finite: look for overflow in the head or the compute dtype")
     return gradients.detach().double().flatten(leading)
+
+
+def _unit(gradients: Tensor) -> Tensor:
+    """ĝ of Eq. 8, [..., D] in float64, for gradients [..., D]; a zero gradient has no direction and stays zero."""
+    g = gradients.double()
+    norms = g.norm(dim=-1, keepdim=True)
+    return torch.where(norms > 0, g / norms.clamp_min(1e-300), torch.zeros_like(g))
 
 
 def _folds(gradients: Tensor, why: str) -> Tensor:

@@ -98,6 +98,12 @@ def linear_head(width: int, num_classes: int, seed: int, device: torch.device) -
     return {f"{HEAD}.weight": weight.to(device).requires_grad_(), f"{HEAD}.bias": bias.to(device).requires_grad_()}
 
 
+def linear_logits(features: Tensor, parameters: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Logits [R, B, C] in float32 of features [R, B, h] under each run's linear head."""
+    weight, bias = (torch.stack([of_run[f"{HEAD}.{name}"] for of_run in parameters]) for name in ("weight", "bias"))
+    return torch.baddbmm(bias[:, None], features.float(), weight.mT)
+
+
 def fit_linear_heads(
     parameters: Sequence[Mapping[str, Tensor]], features: Tensor, which: Sequence[int], labels: Tensor
 ) -> None:

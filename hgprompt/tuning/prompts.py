@@ -15,7 +15,7 @@ from hgprompt.progress import Reporter
 from hgprompt.tuning import trainer
 from hgprompt.tuning.config import TuneConfig
 from hgprompt.tuning.head import HEAD_STARTS, HeadStart
-from hgprompt.tuning.learner import HEAD, Learner, cross_entropies, fit_linear_heads, linear_head
+from hgprompt.tuning.learner import HEAD, Learner, cross_entropies, fit_linear_heads, linear_head, linear_logits
 from hgprompt.tuning.result import TuneResult
 from hgprompt.tuning.streams import stream, uniform
 
@@ -120,12 +120,6 @@ class PromptLearner(Learner):
             kept = uniform(generator, *of_run["prompt"].shape) >= config.prompt_dropout
             factors.append(kept.to(torch.float32) / (1 - config.prompt_dropout))
         return torch.stack(factors).to(self.backbone.device)
-
-
-def linear_logits(features: Tensor, parameters: Sequence[Mapping[str, Tensor]]) -> Tensor:
-    """Logits [R, B, C] in float32 of features [R, B, h] under each run's linear head."""
-    weight, bias = (torch.stack([of_run[f"{HEAD}.{name}"] for of_run in parameters]) for name in ("weight", "bias"))
-    return torch.baddbmm(bias[:, None], features.float(), weight.mT)
 
 
 def pull_back_runs(

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from hgprompt.data.folders import ImageDataset
 from hgprompt.data.images import LabelledImages
-from hgprompt.errors import DataError, OptionError, of_a_worker
+from hgprompt.errors import DataError, OptionError
 from hgprompt.files import digest_of_tensors
 from hgprompt.progress import Progress, Reporter
 from hgprompt.tuning.checkpoint import Checkpoint, digest_of_images
 from hgprompt.tuning.config import TuneConfig
 from hgprompt.tuning.learner import HEAD, Learner
 from hgprompt.tuning.streams import stream
+from hgprompt.workers import of_a_worker
 
 Images = LabelledImages | ImageDataset
 

@@ -18,10 +18,9 @@ from torch.nn.functional import layer_norm, silu
 from hgprompt.backbone import FrozenViT
 from hgprompt.encoder import encode, pull_back
 from hgprompt.tuning.config import TuneConfig
-from hgprompt.tuning.learner import HEAD, Learner, cross_entropies, linear_head
+from hgprompt.tuning.learner import HEAD, Learner, cross_entropies, linear_head, linear_logits
 from hgprompt.tuning.method import Method, Prepared, Setting
 from hgprompt.tuning.methods.start import prompt_size, sources
-from hgprompt.tuning.prompts import linear_logits
 from hgprompt.tuning.streams import stream, uniform_within
 
 HIDDEN = 100

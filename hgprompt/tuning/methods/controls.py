@@ -13,12 +13,12 @@ from hgprompt.backbone import FrozenViT
 from hgprompt.encoder import encode
 from hgprompt.errors import OptionError
 from hgprompt.tuning.config import TuneConfig
-from hgprompt.tuning.learner import Learner, linear_head
+from hgprompt.tuning.learner import Learner, linear_head, linear_logits
 from hgprompt.tuning.method import Cost, Prepared, Setting
 from hgprompt.tuning.methods.hgprompt import HGPrompt
 from hgprompt.tuning.methods.start import StartMethod, brief_config, mixture, named, sources
 from hgprompt.tuning.methods.vpt import VPT
-from hgprompt.tuning.prompts import PromptLearner, linear_logits, pull_back_runs
+from hgprompt.tuning.prompts import PromptLearner, pull_back_runs
 from hgprompt.tuning.streams import stream
 from hgprompt.tuning.trainer import train
 

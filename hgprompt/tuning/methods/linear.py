@@ -11,7 +11,7 @@ from torch import Tensor
 from hgprompt.backbone import FrozenViT
 from hgprompt.tuning.config import TuneConfig
 from hgprompt.tuning.head import HeadStart
-from hgprompt.tuning.learner import HEAD, Learner, fit_linear_heads, linear_head
+from hgprompt.tuning.learner import Learner, fit_linear_heads, linear_head, linear_logits
 from hgprompt.tuning.method import Cost, Method, Prepared, Setting
 
 
@@ -39,12 +39,7 @@ class LinearLearner(Learner):
         fit_linear_heads(self.parameters, features[None], [0] * len(self.parameters), labels)
 
     def logits(self, inputs: Tensor, *, step: int | None = None) -> Tensor:
-        weight, bias = self.stacked(f"{HEAD}.weight"), self.stacked(f"{HEAD}.bias")
-        return torch.baddbmm(bias[:, None], inputs.expand(len(weight), -1, -1), weight.mT)
-
-    def stacked(self, name: str) -> Tensor:
-        """A parameter of all runs, [R, ...]."""
-        return torch.stack([own[name] for own in self.parameters])
+        return linear_logits(inputs.expand(len(self.parameters), -1, -1), self.parameters)
 
 
 class Linear(Method):

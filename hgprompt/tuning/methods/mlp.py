@@ -49,12 +49,16 @@ class MLPLearner(LinearLearner):
         x = inputs.expand(len(self.parameters), -1, -1)
         masks = None if step is None else self._masks(x.shape[1], step)
         for i in range(self.hidden):
-            weight, bias = self.stacked(f"hidden.{i}.weight"), self.stacked(f"hidden.{i}.bias")
+            weight, bias = self._stacked(f"hidden.{i}.weight"), self._stacked(f"hidden.{i}.bias")
             x = torch.baddbmm(bias[:, None], x, weight.mT).relu()
             x = self._normalised(x, i, training=step is not None and x.shape[1] > 1)
             if masks is not None:
                 x = x * masks[:, i]
         return super().logits(x, step=step)
+
+    def _stacked(self, name: str) -> Tensor:
+        """A parameter of all runs, [R, ...]."""
+        return torch.stack([own[name] for own in self.parameters])
 
     def _normalised(self, x: Tensor, layer: int, *, training: bool) -> Tensor:
         """BatchNorm of x [R, B, h], each run with its own statistics."""
@@ -68,8 +72,8 @@ class MLPLearner(LinearLearner):
                         own[name].lerp_(value, MOMENTUM)
         else:
             mean, variance = (torch.stack([own[name] for own in self.buffers]) for name in names)
-        scale = self.stacked(f"hidden.{layer}.norm.weight") * (variance + EPSILON).rsqrt()
-        return (x - mean[:, None]) * scale[:, None] + self.stacked(f"hidden.{layer}.norm.bias")[:, None]
+        scale = self._stacked(f"hidden.{layer}.norm.weight") * (variance + EPSILON).rsqrt()
+        return (x - mean[:, None]) * scale[:, None] + self._stacked(f"hidden.{layer}.norm.bias")[:, None]
 
     def _masks(self, images: int, step: int) -> Tensor:
         """Dropout's factors [R, layers, B, h], from a run's seed and the step alone: a resumed run draws the same."""
