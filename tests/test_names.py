@@ -17,7 +17,7 @@ from hgprompt.backbone import create_model
 from hgprompt.cli import _printable, show
 from hgprompt.errors import BackboneError, FileFormatError, PromptError
 from hgprompt.paper.cells import Cell, Store
-from hgprompt.paper.tables import Entry, Table
+from hgprompt.paper.tables import Entry, Table, csv_text, markdown
 from hgprompt.pool import BackboneInfo, check_name
 
 # Names that a pool may have, each with a meaning somewhere: paths, Rich, emoji, formulas, TeX, Markdown, spreadsheets.
@@ -107,6 +107,9 @@ def test_markdown_and_spreadsheets_show_names_as_they_are():
     assert "\\<img src=x\\>" in header
     cells = [cell for line in table.csv().splitlines() for cell in line.split(",")]
     assert not any(cell.startswith(("=", "@", "-")) for cell in cells)
+    # Tables that are not of accuracies: names may stand in any column of the CSV, and lead those of Markdown.
+    assert csv_text(["=a"], [["x", "@b", -1.5]]) == "'=a\nx,'@b,-1.5\n"
+    assert markdown(["a|", "b"], [["[x]", "-1"]]) == "| a\\| | b |\n|---|---:|\n| \\[x\\] | -1 |\n"
 
 
 def test_errors_on_a_terminal_are_plain():

@@ -26,7 +26,7 @@ def require_tsne() -> None:
         raise OptionError("fig5 takes t-SNE from scikit-learn, which is not installed: pip install 'hgprompt[paper]'")
 
 
-def embedding_cell(lab: Lab, target: str, sources: Sequence[str], ensemble: str) -> Cell:
+def embedding_cell(lab: Lab, target: str, sources: Sequence[str]) -> Cell:
     """The cell that holds a panel for each source prompt and one for the HGPrompt mixture of them all.
 
     Its record: panels {title: {points [N][2], h_score, neighbours}}, labels [N], weights {source: α}. h_score and
@@ -37,10 +37,10 @@ def embedding_cell(lab: Lab, target: str, sources: Sequence[str], ensemble: str)
         "test_limit": lab.plan.test_limit, "seed": lab.plan.seeds[0], "revision": HGPrompt.revision,
     }  # fmt: skip
     name = lab.task(target).name
-    return Cell(f"embedding.{name}", lab.identity(target, **options), lambda w: _embed(lab, name, sources, ensemble, w))
+    return Cell(f"embedding.{name}", lab.identity(target, **options), lambda w: _embed(lab, name, sources, w))
 
 
-def _embed(lab: Lab, target: str, sources: Sequence[str], ensemble: str, work: Work) -> dict[str, Any]:
+def _embed(lab: Lab, target: str, sources: Sequence[str], work: Work) -> dict[str, Any]:
     loaded, seed = lab.load(target, work.report), lab.plan.seeds[0]
     work.report("mixing", 0, None)
     mixed, _, about = HGPrompt(lab.plan.lam).start(lab.setting(loaded.train800val200, sources), seed)
@@ -56,7 +56,7 @@ def _embed(lab: Lab, target: str, sources: Sequence[str], ensemble: str, work: W
             work.report("features", start, len(images))
         features = torch.cat(parts, dim=1)
     panels = {}
-    for title, of_prompt in zip([*(f"source {s}" for s in sources), ensemble], features, strict=True):
+    for title, of_prompt in zip([*(f"source {s}" for s in sources), HGPrompt.name], features, strict=True):
         work.report(f"t-SNE, {title}", 0, None)
         panels[title] = {
             "points": _tsne(of_prompt, seed),

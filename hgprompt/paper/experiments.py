@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from hgprompt.paper.cells import Cell
 from hgprompt.paper.embedding import NEIGHBOURS, embedding_cell, require_tsne
 from hgprompt.paper.lab import Lab
 from hgprompt.paper.paired import difference
-from hgprompt.paper.tables import Table, accuracy_table, escaped, no_formula
+from hgprompt.paper.tables import Table, accuracy_table, csv_text, escaped, markdown
 from hgprompt.paper.tasks import canonical
 from hgprompt.paper.weights import WEIGHING, cosines_cell, weights_cell
 
@@ -96,10 +94,7 @@ def _table(lab: Lab, title: str, rows: Mapping[str, str], request: Request, reco
 def _write_table1(lab: Lab, request: Request, records: Records) -> list[Path]:
     table = _table(lab, "Method", {m: m for m in request.methods}, request, records)
     pairs, files = _paired(lab, request, records)
-    return [
-        *_write_accuracies(lab, "table1", "Table 1: every method on every task", table, request, records, pairs),
-        *files,
-    ]
+    return [*_write_accuracies(lab, "table1", table, request, records, pairs), *files]
 
 
 def _paired(lab: Lab, request: Request, records: Records) -> tuple[list[str], list[Path]]:
@@ -118,7 +113,7 @@ def _paired(lab: Lab, request: Request, records: Records) -> tuple[list[str], li
     if not rows:
         return [], []
     file = lab.out / "table1-paired.csv"
-    write_text(file, _csv(["method", "mean", "standard_error", "p", "ahead", "ties", "runs"], rows))
+    write_text(file, csv_text(["method", "mean", "standard_error", "p", "ahead", "ties", "runs"], rows))
     shown = [
         [str(method), f"{mean:+.1f}" + ("" if error is None else f" ± {error:.1f}"), _digits(p),
          f"{ahead} of {runs}" + ("" if not ties else ", 1 tie" if ties == 1 else f", {ties} ties")]
@@ -130,7 +125,7 @@ def _paired(lab: Lab, request: Request, records: Records) -> tuple[list[str], li
         f"of flips of the tasks' signs; with so many tasks it is at least {2 / 2 ** len(tasks):.2g}, and no correction "
         "for the number of rows is in it. Ahead: of all pairs of runs."
     )
-    return [said, _markdown([f"{HGPROMPT} −", "difference", "p", "ahead"], shown)], [file]
+    return [said, markdown([f"{HGPROMPT} −", "difference", "p", "ahead"], shown)], [file]
 
 
 def _write_table2(lab: Lab, request: Request, records: Records) -> list[Path]:
@@ -139,13 +134,11 @@ def _write_table2(lab: Lab, request: Request, records: Records) -> list[Path]:
         "The third row is the first: the alignment loss of Eq. 10 is least at uniform weights, whatever the gradients "
         "are, so alone it leaves the uniform mixture as it is."
     )
-    return _write_accuracies(
-        lab, "table2", "Table 2: what each part of the objective adds", table, request, records, [remark]
-    )
+    return _write_accuracies(lab, "table2", table, request, records, [remark])
 
 
 def _write_accuracies(
-    lab: Lab, name: str, title: str, table: Table, request: Request, records: Records, remarks: Sequence[str]
+    lab: Lab, name: str, table: Table, request: Request, records: Records, remarks: Sequence[str]
 ) -> list[Path]:
     from hgprompt.paper.figures import plot_dots, plot_scores
 
@@ -153,11 +146,11 @@ def _write_accuracies(
     if len(lab.plan.seeds) > 1:
         below += f" Mean ± standard deviation (n - 1) of {len(lab.plan.seeds)} seeds."
     remarks = [*remarks, *_diverged(lab, request, records)]
-    files = _write_text(lab, name, title, table.markdown(), table.csv(), [below, *remarks], request)
+    files = _write_text(lab, name, table.markdown(), table.csv(), [below, *remarks])
     rows = {n: [None if e is None else (e.mean, e.std or 0.0) for e in entries] for n, entries in table.rows.items()}
     if any(e is not None for entries in rows.values() for e in entries):
         draw = plot_dots if len(rows) <= _FEW else plot_scores
-        draw(table.columns, rows, title, lab.out / f"{name}.png")
+        draw(table.columns, rows, EXPERIMENTS[name].title, lab.out / f"{name}.png")
         files.append(lab.out / f"{name}.png")
     return files
 
@@ -213,9 +206,9 @@ def _write_fig3(lab: Lab, request: Request, records: Records) -> list[Path]:
         f"target's own prompt is left out). Between different sources: mean {np.nanmean(apart):.3f}, least "
         f"{np.nanmin(apart):.3f}, largest {np.nanmax(apart):.3f}."
     ]
-    table = _markdown(["source", *labels], [[n, *map(_number, row)] for n, row in zip(labels, shown, strict=True)])
-    text = _csv(["target", "source", "other source", "cosine"], rows)
-    files = _write_text(lab, "fig3", "Figure 3: cosines of the sources' gradients", table, text, below, request)
+    table = markdown(["source", *labels], [[n, *map(_number, row)] for n, row in zip(labels, shown, strict=True)])
+    text = csv_text(["target", "source", "other source", "cosine"], rows)
+    files = _write_text(lab, "fig3", table, text, below)
     return [*files, lab.out / "fig3.png"]
 
 
@@ -245,13 +238,13 @@ def _write_fig4(lab: Lab, request: Request, records: Records) -> list[Path]:
         active = 1 / np.square(matrix).sum(1)
         diagonal = _number(float(np.nanmean(own))) if own and np.isfinite(own).any() else "–"
         lines.append([method, diagonal, _number(float(np.nanmean(active)), 1)])
-    table = _markdown(["method", "mean weight of the target's own prompt", "effective number of sources"], lines)
+    table = markdown(["method", "mean weight of the target's own prompt", "effective number of sources"], lines)
     below = [
         f"Weights over all {len(sources)} source prompts, the target's own among them (the diagonal). Effective number "
         "of sources: 1/Σα², mean over targets."
     ]
-    text = _csv(["method", "target", "source", "weight"], rows)
-    files = _write_text(lab, "fig4", "Figure 4: weights of the sources for each target", table, text, below, request)
+    text = csv_text(["method", "target", "source", "weight"], rows)
+    files = _write_text(lab, "fig4", table, text, below)
     return [*files, lab.out / "fig4.png"]
 
 
@@ -263,7 +256,7 @@ def _sources_fig5(lab: Lab, target: str) -> tuple[str, ...]:
 
 
 def _cells_fig5(lab: Lab, request: Request) -> list[Cell]:
-    return [embedding_cell(lab, task, _sources_fig5(lab, task), HGPROMPT) for task in request.targets]
+    return [embedding_cell(lab, task, _sources_fig5(lab, task)) for task in request.targets]
 
 
 def _write_fig5(lab: Lab, request: Request, records: Records) -> list[Path]:
@@ -283,19 +276,19 @@ def _write_fig5(lab: Lab, request: Request, records: Records) -> list[Path]:
             panels[shown] = np.array(panel["points"])
             h, near = panel["h_score"], 100 * panel["neighbours"]
             notes[shown] = f"H {h:.2f}, {NEIGHBOURS} nearest neighbours {near:.1f} %"
-            lines.append([_title(lab, task), shown, _number(h), _number(near, 1)])
+            lines.append([_title(lab, task), escaped(shown), _number(h), _number(near, 1)])
             pairs = zip(panel["points"], record["labels"], strict=True)
             rows += [[task, shown, i, class_names[label], x, y] for i, ((x, y), label) in enumerate(pairs)]
         path = lab.out / ("fig5.png" if len(request.targets) == 1 else f"fig5-{lab.task(task).name}.png")
         plot_embeddings(panels, labels, class_names, notes, path)
         files.append(path)
-    table = _markdown(["target", "prompt", "H-score", f"{NEIGHBOURS} nearest neighbours, %"], lines)
+    table = markdown(["target", "prompt", "H-score", f"{NEIGHBOURS} nearest neighbours, %"], lines)
     below = [
         "t-SNE of the features of test images under each start, before any tuning on the target. H and the accuracy of "
         "the nearest neighbours (leave-one-out) are of the features themselves."
     ]
-    text = _csv(["target", "prompt", "image", "class", "x", "y"], rows)
-    written = _write_text(lab, "fig5", "Figure 5: features under single sources and mixed", table, text, below, request)
+    text = csv_text(["target", "prompt", "image", "class", "x", "y"], rows)
+    written = _write_text(lab, "fig5", table, text, below)
     return [*written, *files]
 
 
@@ -315,9 +308,8 @@ def _write_fig6(lab: Lab, request: Request, records: Records) -> list[Path]:
     from hgprompt.paper.figures import plot_lambda
 
     table = _table(lab, "λ", {_at(lam): _at(lam) for lam in LAMBDAS}, request, records)
-    title = "Figure 6: accuracy against λ"
     below = ["Test accuracy in %, tuned from the mixture that each λ of -H + λ L_align gives (Eq. 12)."]
-    files = _write_text(lab, "fig6", title, table.markdown(), table.csv(), below, request)
+    files = _write_text(lab, "fig6", table.markdown(), table.csv(), below)
     curves: dict[str, dict[float, Sequence[float]]] = {}
     for lam in LAMBDAS:
         for task, accuracies in _accuracies(_of(lab, _at(lam), request, records)).items():
@@ -382,9 +374,7 @@ def _title(lab: Lab, name: str) -> str:
     return name if task is None else task.title
 
 
-def _write_text(
-    lab: Lab, name: str, title: str, table: str, text: str, below: Sequence[str], request: Request
-) -> list[Path]:
+def _write_text(lab: Lab, name: str, table: str, text: str, below: Sequence[str]) -> list[Path]:
     """name.md, which says under which conditions the numbers hold, and name.csv."""
     plan, vit = lab.plan, lab.backbone
     kind = "deep" if plan.deep else "shallow"
@@ -403,23 +393,11 @@ def _write_text(
         "test": "all test images" if plan.test_limit is None else f"at most {plan.test_limit} test images of a task",
     }
     said = [text for what, text in conditions.items() if what not in _NOT_OF.get(name, ())]
-    paragraphs = [f"# {title}", table.rstrip(), *below, f"Conditions: {'; '.join(said)}."]
+    paragraphs = [f"# {EXPERIMENTS[name].title}", table.rstrip(), *below, f"Conditions: {'; '.join(said)}."]
     paragraphs += lab.suite.lines()
     write_text(lab.out / f"{name}.md", "\n\n".join(paragraphs) + "\n")
     write_text(lab.out / f"{name}.csv", text)
     return [lab.out / f"{name}.md", lab.out / f"{name}.csv"]
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(map(escaped, header)) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(map(escaped, row)) + " |" for row in rows)])
-
-
-def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    text = io.StringIO()
-    out = csv.writer(text, lineterminator="\n")
-    out.writerows([no_formula(cell) if isinstance(cell, str) else cell for cell in row] for row in (header, *rows))
-    return text.getvalue()
 
 
 def _number(value: float, digits: int = 2) -> str:

@@ -49,28 +49,21 @@ class Table:
     def markdown(self) -> str:
         """Best of each column in bold, second best underlined, equal ones (as printed) alike."""
         marks = [self._marks(c) for c in range(len(self.columns))]
-        extra = ["Parameters"] if self.parameters else []
-        lines = ["| " + " | ".join([self.title, *extra, *map(escaped, self.columns)]) + " |"]
-        lines.append("|" + "---|" + "---:|" * (len(extra) + len(self.columns)))
+        rows = []
         for name, entries in self.rows.items():
-            texts = [_marked(e, marks[c]) for c, e in enumerate(entries)]
-            count = [_thousands(self.parameters.get(name))] if extra else []
-            lines.append("| " + " | ".join([escaped(name), *count, *texts]) + " |")
-        return "\n".join(lines) + "\n"
+            count = [_thousands(self.parameters.get(name))] if self.parameters else []
+            rows.append([name, *count, *(_marked(e, marks[c]) for c, e in enumerate(entries))])
+        return markdown([self.title, *(["Parameters"] if self.parameters else []), *self.columns], rows)
 
     def csv(self) -> str:
         """A column for each mean and each deviation, with all digits."""
-        text = io.StringIO()
-        out = csv.writer(text, lineterminator="\n")
-        extra = ["parameters"] if self.parameters else []
-        columns = [no_formula(f"{c} {kind}") for c in self.columns for kind in ("mean", "std")]
-        out.writerow([self.title, *extra, *columns])
+        columns = [f"{c} {kind}" for c in self.columns for kind in ("mean", "std")]
+        rows = []
         for name, entries in self.rows.items():
-            numbers: list[float | str] = []
-            for e in entries:
-                numbers += ["", ""] if e is None else [e.mean, "" if e.std is None else e.std]
-            out.writerow([no_formula(name), *([self.parameters.get(name, "")] if extra else []), *numbers])
-        return text.getvalue()
+            count = [self.parameters.get(name, "")] if self.parameters else []
+            numbers = [("", "") if e is None else (e.mean, "" if e.std is None else e.std) for e in entries]
+            rows.append([name, *count, *(number for pair in numbers for number in pair)])
+        return csv_text([self.title, *(["parameters"] if self.parameters else []), *columns], rows)
 
     def _marks(self, column: int) -> list[str]:
         """The best and the second best mean, as printed."""
@@ -115,6 +108,22 @@ def _marked(entry: Entry | None, marks: Sequence[str]) -> str:
         return "–"
     rank = marks.index(f"{entry.mean:.1f}") if f"{entry.mean:.1f}" in marks else 2
     return (f"**{entry}**", f"<u>{entry}</u>", str(entry))[rank]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and the others numbers. Names in the header and the first column are escaped
+    here; what stands in the others is written as it is."""
+    lines = ["| " + " | ".join(map(escaped, header)) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    lines += ["| " + " | ".join([escaped(row[0]), *row[1:]]) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def csv_text(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """The same for a spreadsheet, which runs none of the names."""
+    text = io.StringIO()
+    out = csv.writer(text, lineterminator="\n")
+    out.writerows([no_formula(cell) if isinstance(cell, str) else cell for cell in row] for row in (header, *rows))
+    return text.getvalue()
 
 
 def escaped(name: str) -> str:
