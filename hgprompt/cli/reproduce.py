@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,9 +13,10 @@ from hgprompt.cli import options
 if TYPE_CHECKING:
     from torch import nn
 
-    from hgprompt.paper import Cell, Experiment, Lab, Store, Suite
+    from hgprompt.paper import Cell, Experiment, Lab, Store
 
 _PROTOCOL, _WORK = "Experiment", "Work"
+_USUAL = ("paper", "own")  # targets and sources unless asked otherwise
 
 
 def reproduce(
@@ -122,14 +123,10 @@ def reproduce(
     wanted.check()
     share = Share.of_environment()
     known = None if pool is None else PromptPool.load(pool)
-    suite, targets, tuned = _tasks(
-        wanted,
-        data_root,
-        _names(tasks),
-        _names(sources) or (None if pool else wanted.sources),
-        find_suite,
-        pool_given=pool is not None,
-    )
+    of_targets = _names(tasks) or wanted.targets or _USUAL
+    of_sources = () if pool is not None else _names(sources) or wanted.sources or _USUAL
+    suite = find_suite(data_root, [*of_targets, *of_sources])
+    targets, tuned = suite.named(of_targets), suite.named(of_sources) if of_sources else None
     say: Callable[[str], None] = lambda line: None if as_json or share.rank else typer.echo(line, err=True)  # noqa: E731
     for line in suite.lines():
         say(line)
@@ -170,27 +167,6 @@ def reproduce(
         return
     typer.echo(files[0].read_text(encoding="utf-8"))
     show.print_files(files)
-
-
-def _tasks(
-    wanted: Experiment,
-    root: Path,
-    targets: tuple[str, ...] | None,
-    sources: tuple[str, ...] | None,
-    find: Any,
-    *,
-    pool_given: bool,
-) -> tuple[Suite, tuple[str, ...], tuple[str, ...]]:
-    """The suite that holds all that is needed, the targets in it, and the tasks to tune sources on."""
-    mine = targets or wanted.targets
-    needed = None
-    if mine is not None or sources is not None:
-        tuned = () if pool_given else sources or ("paper", "own")
-        needed = [*(mine or ("paper", "own")), *tuned]
-    suite = find(root, needed)
-    chosen = tuple(find(root, mine).tasks)
-    there = suite.usual_sources if sources is None else tuple(find(root, sources).tasks)
-    return suite, chosen, there
 
 
 def _print_plan(

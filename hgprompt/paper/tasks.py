@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -136,10 +136,17 @@ class Suite:
     tasks: dict[str, TaskFolder]
     missing: tuple[str, ...]
 
-    @property
-    def usual_sources(self) -> tuple[str, ...]:
-        """The tasks that source prompts are tuned on unless asked otherwise: those of the paper, and a user's own."""
-        return tuple(n for n in self.tasks if n not in _BY_NAME or _BY_NAME[n].in_paper)
+    def named(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of these names (any alias, or a group as for `find_suite`) that are among the tasks, in their order.
+
+        Raises:
+            DataError: none is.
+        """
+        meant = _expanded(names, [n for n in self.tasks if n not in _BY_NAME])
+        found = tuple(n for n in self.tasks if n in meant)
+        if not found:
+            raise DataError(_none_of(self.root, meant, self.tasks))
+        return found
 
     def lines(self) -> list[str]:
         """What a reader has to know of what is and is not there, a sentence each."""
@@ -170,26 +177,32 @@ def find_suite(root: str | Path, wanted: Sequence[str] | None = None) -> Suite:
     if odd:
         raise DataError(f"{root}: the folder {odd[0]!r:.100} has a name that cannot be printed; rename it")
     own = sorted(set(there) - set(_BY_NAME))
-    paper = [task.name for task in VTAB if task.in_paper]
-    names: list[str] = []
-    for name in ["paper", "own"] if wanted is None else wanted:
-        known = {"paper": paper, "own": own, "all": [*_BY_NAME, *own]}.get(name)
-        if known is None:
-            known = [canonical(name)]
-            if known[0] not in {*_BY_NAME, *there}:
-                raise DataError(
-                    f"{root} has no task {name!r}, and VTAB-1k has none of that name; it has {', '.join(there) or '–'}"
-                )
-        names += [n for n in known if n not in names]
+    names = _expanded(["paper", "own"] if wanted is None else wanted, own)
+    for name in names:
+        if name not in {*_BY_NAME, *there}:
+            raise DataError(
+                f"{root} has no task {name!r}, and VTAB-1k has none of that name; it has {', '.join(there) or '–'}"
+            )
     order = [*_BY_NAME, *own]
     tasks = {n: check_task(there[n]) for n in sorted(names, key=order.index) if n in there}
     if not tasks:
-        raise DataError(
-            f"{root} holds none of the tasks {', '.join(names[:20])}: a task is a folder with "
-            f"{', '.join(f'{split}.txt' for split in SPLITS)}, lines 'path label'"
-            + (f"; it has {', '.join([*there][:20])}: name them (--tasks, and --sources)" if there else "")
-        )
+        raise DataError(_none_of(root, names, there))
     return Suite(root, tasks, tuple(n for n in names if n not in there))
+
+
+def _expanded(names: Sequence[str], own: Sequence[str]) -> list[str]:
+    """Tasks by their own names, each once; groups as the tasks they stand for."""
+    groups = {"paper": [task.name for task in VTAB if task.in_paper], "own": own, "all": [*_BY_NAME, *own]}
+    return list(dict.fromkeys(task for name in names for task in groups.get(name, [canonical(name)])))
+
+
+def _none_of(root: Path, names: Sequence[str], there: Iterable[str]) -> str:
+    found = ", ".join([*there][:20])
+    return (
+        f"{root} holds none of the tasks {', '.join(names[:20])}: a task is a folder with "
+        f"{', '.join(f'{split}.txt' for split in SPLITS)}, lines 'path label'"
+        + (f"; it has {found}: name them (--tasks, and --sources)" if found else "")
+    )
 
 
 def check_task(folder: str | Path) -> TaskFolder:

@@ -91,7 +91,12 @@ def test_missing_tasks_are_named_and_aliases_found(tmp_path, small_vtab):
     assert suite.lines()[0].startswith("skipped, not in")
     assert "svhn" in suite.lines()[0]
     assert list(find_suite(tmp_path, ["kitti", "cifar100"]).tasks) == ["cifar", "kitti"]
-    assert list(find_suite(tmp_path, ["all"]).tasks) == ["cifar", "oxford_iiit_pet", "kitti", "zebras"]
+    everything = find_suite(tmp_path, ["all"])
+    assert list(everything.tasks) == ["cifar", "oxford_iiit_pet", "kitti", "zebras"]
+    assert everything.named(["own", "cifar100"]) == ("cifar", "zebras")
+    assert everything.named(["paper"]) == ("cifar", "oxford_iiit_pet")
+    with pytest.raises(DataError, match=r"none of the tasks svhn: .*it has cifar"):
+        everything.named(["svhn"])
     with pytest.raises(DataError, match=r"no task 'zebra'.*zebras"):
         find_suite(tmp_path, ["zebra"])
     with pytest.raises(DataError, match="holds none of the tasks svhn"):
