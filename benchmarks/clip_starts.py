@@ -8,15 +8,18 @@ eighth of them. Before any tuning, a closed-form head on the features under each
 cross-entropy on held-out images: by that the start could be chosen. One file for every task and seed; interrupted, the
 same command goes on with the next that is not there. It is for one thread: with another number of threads mixtures
 differ in their last bits, and a tuning that was begun is refused.
+
+--untuned is of the fitted heads before any tuning alone, and of the starts that need no gradients: some forward passes,
+a twelfth of the work.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +43,7 @@ SEEDS = (43, 44, 82)  # 42 is the seed of the sources' random start
 LAMBDAS = (1.0, 0.1, 0.0)
 FOLDS = 8
 CONFIG = TuneConfig(batch_size=32, optimizer="adamw", lr=0.16, head_lr=0.04, epochs=EPOCHS)
-FITTED = dataclasses.replace(CONFIG, lr=0.02, head_lr=0.005)
+FITTED = replace(CONFIG, lr=0.02, head_lr=0.005)
 """At the rates of random heads fifteen steps leave a fitted head worse than it was."""
 
 
@@ -51,6 +54,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--untuned", action="store_true", help="fitted heads as they are, without gradients; own OUT")
     parser.add_argument("--to", type=Path, help="gather all that OUT holds into one file of results")
     parser.add_argument("--device", default="", help="what it ran on, in words")
     args = parser.parse_args()
@@ -59,7 +63,11 @@ def main() -> None:
         for task in args.tasks:
             done = make_directory(args.out) / f"{task}-{seed}.json"
             if not done.exists():
-                record = measure(vit, args.suite / task, seed, args.out)
+                record = (
+                    measure_untuned(vit, args.suite / task, seed)
+                    if args.untuned
+                    else measure(vit, args.suite / task, seed, args.out)
+                )
                 write_text(done, json.dumps(jsonable(record), allow_nan=False) + "\n")
                 print(task, seed, {k: round(v, 3) for k, v in record["accuracy"].items()}, flush=True)
     if args.to:
@@ -86,25 +94,24 @@ def print_table(runs: list[dict]) -> None:
         print(f"| {name} | {cells} | {mean(gains):+.1f} ± {error:.1f} |")
 
 
-def measure(vit: FrozenViT, folder: Path, seed: int, out: Path) -> dict:
-    """One task and seed: accuracies after the last epoch, and the weights."""
-    pool = PromptPool.load(POOL).without(folder.name)
+def read(vit: FrozenViT, folder: Path, seed: int) -> tuple[PromptPool, LabelledImages, LabelledImages]:
+    """The other tasks' prompts; the seed's training images; the test images."""
     images = decode(load_task(folder, "train800val200"), vit.image_size, limit=IMAGES, seed=seed)
     test = load_task(folder, "test")
     chosen = balanced(test.samples, min(TEST_IMAGES, len(test.samples)), 0)
-    tested = decode(dataclasses.replace(test, samples=chosen), vit.image_size)
+    return PromptPool.load(POOL).without(folder.name), images, decode(replace(test, samples=chosen), vit.image_size)
+
+
+def measure(vit: FrozenViT, folder: Path, seed: int, out: Path) -> dict:
+    """One task and seed: accuracies after the last epoch, and the weights."""
+    pool, images, tested = read(vit, folder, seed)
     began = time.perf_counter()
     ensemble = fast_ensemble(pool, images.batches(32), backbone=vit, seed=seed)
     seconds = {"ensemble": time.perf_counter() - began}
     features = features_under(vit, pool.stack(), images)
     weights = {"HGPrompt": ensemble.weights} | mixtures(features, images.labels, ensemble.gradient_cosines)
     single = ensemble.best_single
-    starts = {
-        "random": random_prompt(vit, pool.num_tokens, seed=seed),
-        "best single by H": pool[single],
-        "uniform": pool.stack().mean(0),
-        **{name: torch.tensordot(w.float(), pool.stack(), dims=1) for name, w in weights.items()},
-    }
+    starts = starts_of(vit, pool, single, weights, seed)
     before = features_under(vit, torch.stack(list(starts.values())), images)
     accuracy, more = accuracies(vit, starts, before, images, tested, seed, out / f"{folder.name}-{seed}")
     seconds |= more
@@ -114,9 +121,39 @@ def measure(vit: FrozenViT, folder: Path, seed: int, out: Path) -> dict:
         "accuracy": accuracy, "weights": {k: dict(zip(pool, w.tolist(), strict=True)) for k, w in weights.items()},
         "h_score": ensemble.h_score, "source_h_scores": ensemble.source_h_scores.tolist(),
         "held_out": {name: held_out(f, images.labels) for name, f in zip(starts, before, strict=True)},
-        "source_held_out": alone, "seconds": seconds, "config": dataclasses.asdict(CONFIG),
-        "config_fitted": dataclasses.asdict(FITTED), "dtype": str(vit.dtype), "torch": torch.__version__,
+        "source_held_out": alone, "seconds": seconds, "config": asdict(CONFIG),
+        "config_fitted": asdict(FITTED), "dtype": str(vit.dtype), "torch": torch.__version__,
     }  # fmt: skip
+
+
+def measure_untuned(vit: FrozenViT, folder: Path, seed: int) -> dict:
+    """One task and seed: accuracies of fitted heads on the features under starts that the H-score alone chooses."""
+    pool, images, tested = read(vit, folder, seed)
+    kept = EnsembleStatistics()
+    kept.update(features_under(vit, pool.stack(), images), images.labels)
+    problem = WeightProblem(kept)
+    weights = problem.solve(0.0).weights
+    single = pool.names[int(problem.source_h_scores.argmax())]
+    starts = starts_of(vit, pool, single, {"HGPrompt λ=0": weights}, seed)
+    before = features_under(vit, torch.stack(list(starts.values())), images)
+    return {
+        "task": folder.name, "seed": seed, "images": len(images), "test_images": len(tested), "best_single": single,
+        "accuracy": untuned(vit, starts, before, images, tested),
+        "weights": dict(zip(pool, weights.tolist(), strict=True)), "source_h_scores": problem.source_h_scores.tolist(),
+        "dtype": str(vit.dtype), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def starts_of(
+    vit: FrozenViT, pool: PromptPool, single: str, weights: dict[str, torch.Tensor], seed: int
+) -> dict[str, torch.Tensor]:
+    """Prompts to start from, by name; one for each of the weights."""
+    return {
+        "random": random_prompt(vit, pool.num_tokens, seed=seed),
+        "best single by H": pool[single],
+        "uniform": pool.stack().mean(0),
+        **{name: torch.tensordot(w.float(), pool.stack(), dims=1) for name, w in weights.items()},
+    }
 
 
 def accuracies(
@@ -132,20 +169,31 @@ def accuracies(
 
     features: [K, N, h] of the images under the starts.
     """
-    heads = [fitted_head(f, images.labels, tested.num_classes) for f in features]
-    weight, bias = (torch.stack(part) for part in zip(*heads, strict=True))
-    untuned = evaluate(vit, torch.stack(list(starts.values())), weight, bias, tested).tolist()
-    accuracy = {f"{name}, fitted head, not tuned": value for name, value in zip(starts, untuned, strict=True)}
+    accuracy = untuned(vit, starts, features, images, tested)
     seconds = {}
     for label, head, config in ((", fitted head", "fitted", FITTED), ("", "random", CONFIG)):
         tuned = tune(
-            vit, starts, images, test=tested, config=dataclasses.replace(config, seed=seed), head=head,
+            vit, starts, images, test=tested, config=replace(config, seed=seed), head=head,
             checkpoint=out.with_name(f"{out.name}-{head}.checkpoint.safetensors"),
         )  # fmt: skip
         seconds[head] = tuned.seconds
         found = tuned.history[-1]["test_accuracy"]
         accuracy |= {f"{name}{label}": value for name, value in zip(starts, found, strict=True)}
     return accuracy, seconds
+
+
+def untuned(
+    vit: FrozenViT,
+    starts: dict[str, torch.Tensor],
+    features: torch.Tensor,
+    images: LabelledImages,
+    tested: LabelledImages,
+) -> dict[str, float]:
+    """Accuracy of every start under a head fitted to the features [K, N, h] of the images."""
+    heads = [fitted_head(f, images.labels, tested.num_classes) for f in features]
+    weight, bias = (torch.stack(part) for part in zip(*heads, strict=True))
+    found = evaluate(vit, torch.stack(list(starts.values())), weight, bias, tested).tolist()
+    return {f"{name}, fitted head, not tuned": value for name, value in zip(starts, found, strict=True)}
 
 
 @torch.no_grad()
