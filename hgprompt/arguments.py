@@ -45,7 +45,9 @@ def check_place(device: Any, dtype: Any) -> None:
         raise OptionError(f"dtype must be a floating point dtype such as torch.float32, got {dtype!r}")
     if device is not None:
         try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, TypeError) as error:  # no name of a device, or none that is here
-            reason = (str(error).splitlines() or [""])[0]
-            raise OptionError(f"device {device!r} cannot be used: {reason}") from error
+            torch.zeros(1, device=device).cpu()  # what is on "meta" cannot come back
+        except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # no device's name, or not here
+            reason = (str(error).splitlines() or [""])[0].rstrip(".")
+            raise OptionError(
+                f"device {device!r} cannot be used here: {reason}; leave it out, or give 'cpu'"
+            ) from error

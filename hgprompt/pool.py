@@ -50,6 +50,23 @@ class BackboneInfo:
     std: tuple[float, ...] | None = None
     interpolation: str | None = None
 
+    def check(self, now: BackboneInfo) -> None:
+        """Raise PromptError if prompts of this network are to be used with another; the image size may differ.
+
+        Another normalisation or resize filter of the images is a warning: whoever feeds images that are ready knows.
+        """
+        same = (self.width, self.depth) == (now.width, now.depth)
+        if not same or (self.fingerprint and now.fingerprint and self.fingerprint != now.fingerprint):
+            raise PromptError(
+                f"the prompts were tuned for backbone {self.name} ({_short(self)}), this is {now.name} "
+                f"({_short(now)}): a prompt means nothing to other weights. Load the weights that they were tuned "
+                "with, or tune new ones"
+            )
+        for key in ("mean", "std", "interpolation"):
+            tuned, given = getattr(self, key), getattr(now, key)
+            if None not in (tuned, given) and tuned != given:
+                warn(f"the prompts were tuned on images of {key} {tuned}, this backbone's have {given}")
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         lists: dict[str, Any] = {"image_size": list(self.image_size)}
@@ -195,24 +212,9 @@ class PromptPool(Mapping[str, Tensor]):
         )
 
     def check_backbone(self, info: BackboneInfo) -> None:
-        """Raise PromptError if the prompts were tuned for another network; the image size may differ.
-
-        Another normalisation or resize filter of the images is a warning: whoever feeds images that are ready knows.
-        """
-        mine = self.backbone
-        if mine is None:
-            return
-        same = (mine.width, mine.depth) == (info.width, info.depth)
-        if same and (not mine.fingerprint or not info.fingerprint or mine.fingerprint == info.fingerprint):
-            for key in ("mean", "std", "interpolation"):
-                tuned, now = getattr(mine, key), getattr(info, key)
-                if None not in (tuned, now) and tuned != now:
-                    warn(f"the prompts were tuned on images of {key} {tuned}, this backbone's have {now}")
-            return
-        raise PromptError(
-            f"the prompts were tuned for backbone {mine.name} ({_short(mine)}), this is {info.name} ({_short(info)}): "
-            "a prompt means nothing to other weights. Load the weights that the pool was made with, or tune new prompts"
-        )
+        """`BackboneInfo.check`, where the pool knows its backbone."""
+        if self.backbone is not None:
+            self.backbone.check(info)
 
     def save(self, path: str | Path) -> None:
         """Write the pool as one safetensors file, whole or not at all.

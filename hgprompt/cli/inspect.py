@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hgprompt.cli.options import AsJson
+from hgprompt.cli import options
 
 
 def inspect(
@@ -15,32 +15,25 @@ def inspect(
         Path,
         typer.Argument(help="A prompt pool (.safetensors), or a folder that 'ensemble' or 'tune' wrote."),
     ],
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show what a prompt pool, an ensemble or a tuned prompt holds."""
     from hgprompt.cli import show
-    from hgprompt.errors import FileFormatError
     from hgprompt.pool import PromptPool
-    from hgprompt.result import EnsembleResult
     from hgprompt.tuning import TuneResult
 
-    if path.name in ("tuned.safetensors", "ensemble.safetensors") and path.is_file():
-        path = path.parent
-    if path.is_dir() and (path / "tuned.safetensors").is_file():
-        tuned = TuneResult.load(path)
+    found = options.opened(path)
+    if isinstance(found, TuneResult):
         if as_json:
-            show.print_json({"task": tuned.task, "class_names": tuned.class_names, "history": list(tuned.history)})
+            show.print_json({"task": found.task, "class_names": found.class_names, "history": list(found.history)})
         else:
-            show.print_tuned(tuned)
+            show.print_tuned(found)
         return
-    if path.is_dir():
-        if not (path / "ensemble.safetensors").is_file():
-            raise FileFormatError(f"{path} holds neither an ensemble nor a tuned prompt")
-        result = EnsembleResult.load(path)
+    if found is not None:
         if as_json:
-            show.print_json(show.ensemble_numbers(result))
+            show.print_json(show.ensemble_numbers(found))
         else:
-            show.print_ensemble(result, path.name)
+            show.print_ensemble(found, (path.parent if path.is_file() else path).name)
         return
     pool = PromptPool.load(path)
     if as_json:

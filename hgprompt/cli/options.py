@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from hgprompt.backbone import FrozenViT
     from hgprompt.data import ImageDataset, ImageTask, LabelledImages
     from hgprompt.pool import BackboneInfo
+    from hgprompt.result import EnsembleResult
+    from hgprompt.tuning import TuneResult
 
 PROCEDURAL = "procedural:"
 BACKBONE_PANEL, TRAINING_PANEL, OUTPUT_PANEL = "Backbone", "Training", "Output"
@@ -179,6 +181,7 @@ def load_backbone(
     """The backbone that the options name, or a pool's."""
     import torch
 
+    from hgprompt.arguments import check_place
     from hgprompt.bundled import load_backbone
     from hgprompt.errors import BackboneError, OptionError
 
@@ -186,11 +189,7 @@ def load_backbone(
     if chosen is None:
         raise BackboneError("this pool names no backbone: give --backbone")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise OptionError(f"--device {device!r} cannot be used here: {reason}; leave it out, or give cpu") from error
+    check_place(device, None)
     options: dict[str, Any] = {}
     if image_size is not None:
         options["img_size"] = image_size
@@ -212,6 +211,23 @@ def load_backbone(
             f"{vit.image_size[0]} pixels are no multiple of {vit.name}'s patches of {patch}: they would be cut"
         )
     return vit
+
+
+def opened(path: Path) -> TuneResult | EnsembleResult | None:
+    """What 'tune' or 'ensemble' wrote into this folder; None where it is no folder."""
+    from hgprompt.errors import FileFormatError
+    from hgprompt.result import EnsembleResult
+    from hgprompt.tuning import TuneResult
+
+    if path.name in ("tuned.safetensors", "ensemble.safetensors") and path.is_file():
+        path = path.parent
+    if not path.is_dir():
+        return None
+    if (path / "tuned.safetensors").is_file():
+        return TuneResult.load(path)
+    if not (path / "ensemble.safetensors").is_file():
+        raise FileFormatError(f"{path} holds neither an ensemble nor a tuned prompt")
+    return EnsembleResult.load(path)
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:

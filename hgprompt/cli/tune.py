@@ -200,10 +200,10 @@ def tune(
             mean=mean, std=std, interpolation=interpolation,
         )  # fmt: skip
         config = TuneConfig(
-        epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,
-        head_lr=lr / 4 if head_lr is None else head_lr, weight_decay=weight_decay, warmup=warmup,
-        prompt_dropout=prompt_dropout, seed=seed,
-    )  # fmt: skip
+            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,
+            head_lr=lr / 4 if head_lr is None else head_lr, weight_decay=weight_decay, warmup=warmup,
+            prompt_dropout=prompt_dropout, seed=seed,
+        )  # fmt: skip
         read = functools.partial(
             options.load_images, quiet=quiet or as_json, bad_images=bad_images, follow_links=follow_links
         )
@@ -212,7 +212,7 @@ def tune(
         if prompt is None:
             prompt = random_prompt(vit, tokens or 10, deep=deep, seed=seed)
         elif info is not None:
-            _check_backbone(info, vit, start)
+            info.check(vit.info)
         checkpoint = out / "checkpoint.safetensors"
         result = run(
             vit, {_start_name(start): prompt}, images, test=tested, config=config, head=head,
@@ -298,20 +298,12 @@ def _start(start: str) -> tuple[Tensor | None, BackboneInfo | None]:
     from hgprompt.errors import OptionError
     from hgprompt.pool import PromptPool
     from hgprompt.result import EnsembleResult
-    from hgprompt.tuning import TuneResult
 
     if start == RANDOM:
         return None, None
-    if Path(start).name in ("tuned.safetensors", "ensemble.safetensors"):
-        start = str(Path(start).parent)
-    if (Path(start) / "tuned.safetensors").is_file():
-        tuned = TuneResult.load(start)
-        return tuned.prompts[0], tuned.backbone
-    if Path(start).is_dir():
-        if not (Path(start) / "ensemble.safetensors").is_file():
-            raise OptionError(f"--start {start!r}: in this folder is neither an ensemble nor a tuned prompt")
-        result = EnsembleResult.load(start)
-        return result.prompt, result.backbone
+    found = options.opened(Path(start))
+    if found is not None:
+        return found.prompt if isinstance(found, EnsembleResult) else found.prompts[0], found.backbone
     parts = ((start[:i], start[i + 1 :]) for i, c in enumerate(start) if c == ":")  # a name may have some of its own
     path, name = next(((path, name) for path, name in parts if Path(path).is_file()), ("", ""))
     if not path:
@@ -322,16 +314,6 @@ def _start(start: str) -> tuple[Tensor | None, BackboneInfo | None]:
 
 def _start_name(start: str) -> str:
     return start if start == RANDOM else Path(start).name
-
-
-def _check_backbone(info: BackboneInfo, vit: FrozenViT, start: str) -> None:
-    from hgprompt.errors import PromptError
-
-    if info.fingerprint and vit.fingerprint and info.fingerprint != vit.fingerprint:
-        raise PromptError(
-            f"{start} was made for the backbone {info.name}, this is {vit.name} with other weights: a prompt means "
-            "nothing to other weights"
-        )
 
 
 def _test_images(
