@@ -1,16 +1,19 @@
-"""How many bytes the statistics of a stream take in either representation, and how many there are."""
+"""How many bytes the statistics of a stream take in either representation, how many there are, and what follows."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from hgprompt.errors import StatisticsError
 from hgprompt.moments import Moments
 
+Keep = Literal["auto", "features", "moments"]
 Representation = Literal["features", "moments"]
 
 _SHARE = 0.8
@@ -49,6 +52,74 @@ def footprint(
         "features": Footprint(features, 2 * features),
         "moments": Footprint(folds * moments, (folds + 2) * moments),
     }
+
+
+class Room:
+    """Which representation of a stream to keep, and whether there is room for it.
+
+    Args:
+        keep, max_bytes, folds: as for `EnsembleStatistics`.
+
+    Attributes:
+        expected: images that will come, about; what is kept is chosen for as many.
+    """
+
+    def __init__(self, keep: Keep, max_bytes: int | None, folds: int) -> None:
+        self.keep, self.max_bytes, self.folds, self.expected = keep, max_bytes, folds, 0
+        self._limit = max_bytes
+
+    def fitting(
+        self,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        images: int,
+        classes: int,
+        *,
+        device: torch.device,
+        held: Callable[[], int],
+        keep: Keep | None = None,
+    ) -> list[Representation]:
+        """Representations that there is room for, the smaller first.
+
+        Args:
+            shape: (M, h) of the features. dtype: theirs. images, classes: N and C, as far as is known.
+            device: where they are. held: bytes of them that lie there already. Of both, what the first call says counts
+                where there is no max_bytes: what is free then, and what is held, is the limit from then on.
+            keep: None: what this was made with.
+
+        Raises:
+            StatisticsError: there is room for none.
+        """
+        keep, sizes = keep or self.keep, self._sizes(shape, dtype, images, classes)
+        if self._limit is None:
+            free = available_bytes(device)
+            self._limit = None if free is None else free + held()
+        kinds = [keep] if keep != "auto" else sorted(sizes, key=lambda kind: sizes[kind].kept)
+        fitting = [kind for kind in kinds if self._limit is None or sizes[kind].peak <= self._limit]
+        if fitting:
+            return fitting
+        limit = in_words(self._limit)  # type: ignore[arg-type]
+        raise StatisticsError(
+            f"{self.plan(shape, dtype, images, classes)}; {limit} can be had. Use fewer images; or fewer prompts "
+            "(hgprompt.select_prompts finds the best of a large pool); for features, a dtype of fewer bytes; for "
+            "moments, fewer folds; or raise max_bytes, where there is more memory than it says"
+        )
+
+    def plan(self, shape: tuple[int, int], dtype: torch.dtype, images: int, classes: int) -> str:
+        """What either representation takes, in words."""
+        needs = [
+            f"{in_words(size.kept)} as {kind} ({in_words(size.peak)} in the solve)"
+            for kind, size in self._sizes(shape, dtype, images, classes).items()
+            if self.keep in ("auto", kind)
+        ]
+        count = max(images, self.expected)
+        return f"statistics of {shape[0]} prompts and {count} images take {' or '.join(needs)}"
+
+    def _sizes(
+        self, shape: tuple[int, int], dtype: torch.dtype, images: int, classes: int
+    ) -> dict[Representation, Footprint]:
+        count = max(images, self.expected)
+        return footprint(*shape, count, num_classes=classes, folds=self.folds, itemsize=dtype.itemsize)
 
 
 def available_bytes(device: torch.device) -> int | None:

@@ -14,7 +14,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,13 +25,12 @@ from hgprompt.batch_checks import FiniteCheck, check_labels
 from hgprompt.distributed import Ranks, default_group
 from hgprompt.errors import DataError, OptionError, StatisticsError
 from hgprompt.kernels.compiler import copied
-from hgprompt.memory import Footprint, Representation, available_bytes, footprint, in_words
+from hgprompt.memory import Keep, Representation, Room
 from hgprompt.moments import Moments, merged, mixed
 from hgprompt.sample import folds_of
 
 logger = logging.getLogger(__name__)
 
-Keep = Literal["auto", "features", "moments"]
 _STAGE = "merging the statistics"
 
 
@@ -72,8 +71,7 @@ class EnsembleStatistics:
         self.keep: Keep = keep
         self.max_bytes = max_bytes
         self.shard = shard
-        self._limit = max_bytes
-        self._expected = 0
+        self._room = Room(keep, max_bytes, folds)
         self._num_images = 0
         self._shape: tuple[int, int] | None = None
         self._dtype = torch.float64
@@ -131,7 +129,7 @@ class EnsembleStatistics:
 
     def expect(self, num_images: int) -> None:
         """Say how many images will come, about: what is kept is then chosen, or refused, with the first batch."""
-        self._expected = num_images
+        self._room.expected = num_images
 
     @torch.inference_mode(False)  # what is kept is added to later, perhaps outside a caller's inference mode
     def update(self, features: Tensor, labels: Tensor) -> None:
@@ -152,7 +150,6 @@ class EnsembleStatistics:
         before = self._shape, self._dtype
         if self._shape is None:
             self._shape, self._dtype = shape, features.dtype
-            self._limit = available_bytes(features.device) if self.max_bytes is None else self.max_bytes
         elif shape != self._shape:
             raise StatisticsError(f"features are of (M, h) = {shape}, earlier batches were of {self._shape}")
         batch = features.shape[1]
@@ -160,12 +157,12 @@ class EnsembleStatistics:
         num_classes = len(self._classes) + len(new)
         try:
             self._finite.check(features, self._num_images)
-            chosen = self._representation(self._num_images + batch, num_classes)
+            chosen = self._representation(self._num_images + batch, num_classes, features.device)
         except (DataError, StatisticsError):
             self._shape, self._dtype = before  # a first batch that is refused says nothing of what is to come
             raise
         if self._num_images == 0:
-            logger.info("%s", self._plan(batch, num_classes))
+            logger.info("%s", self._room.plan(shape, self._dtype, batch, num_classes))
         fold_of = self.next_folds(batch)
         self._num_images += batch
         self._classes |= new
@@ -222,7 +219,7 @@ class EnsembleStatistics:
             self._shape, self._dtype = other._shape, other._dtype
         num_images, classes = self._num_images + other._num_images, self._classes | other._classes
         try:
-            chosen = self._representation(num_images, len(classes))
+            chosen = self._representation(num_images, len(classes), self._device)
         except StatisticsError:
             self._shape, self._dtype = before
             raise
@@ -247,7 +244,7 @@ class EnsembleStatistics:
     def reduced(self, group: Any) -> EnsembleStatistics:
         """As `all_reduce`, and leave these statistics as they are: a new object."""
         whole = copy.copy(self)
-        whole._moments = copy.deepcopy(self._moments)  # the only part that all_reduce changes in place
+        whole._moments, whole._room = copy.deepcopy((self._moments, self._room))  # what all_reduce changes in place
         whole.all_reduce(group)
         return whole
 
@@ -281,7 +278,9 @@ class EnsembleStatistics:
         else:
             keep = self.keep
         with ranks.together(_STAGE):
-            kinds = self._with_room(total, len(classes), keep)
+            kinds = self._room.fitting(
+                shape, dtype, total, len(classes), device=self._device, held=lambda: self.nbytes, keep=keep
+            )
         chosen = self._chosen_by_all(ranks.gather_json(kinds))
         device = self._device
         if chosen == "features":
@@ -386,14 +385,13 @@ class EnsembleStatistics:
         restored, first = self._like_this(), kept[0]
         folds = restored.next_folds(len(labels))
         restored._num_images, restored._classes = len(labels), set(labels.unique().tolist())
-        restored._expected = self._expected
+        restored._room.expected = self._room.expected
         if isinstance(first, Moments):
             moments = [m for m in kept if isinstance(m, Moments)]
             counts = [folds.eq(k).sum().item() for k in range(self.folds)]
             if [m.count for m in moments] != counts:
                 raise StatisticsError(f"moments of {[m.count for m in moments]} images by fold, expected {counts}")
             restored._moments, restored._shape = moments, (first.num_prompts, first.width)
-            device = first.sums.device
         else:
             batches = [f for f in kept if isinstance(f, Tensor)]
             sizes = [f.shape[1] for f in batches]
@@ -401,10 +399,7 @@ class EnsembleStatistics:
                 raise StatisticsError(f"features of {sum(sizes)} images, labels of {len(labels)}")
             restored._features, restored._shape = batches, (len(first), first.shape[2])
             restored._labels, restored._fold_of = list(labels.split(sizes)), list(folds.split(sizes))
-            device = first.device
         restored._dtype = dtype
-        free = available_bytes(device) if self.max_bytes is None else None
-        restored._limit = self.max_bytes if free is None else free + restored.nbytes
         self.__dict__.update(restored.__dict__)
 
     def h_score(self, weights: Tensor, *, shrinkage: Any = "auto") -> float:
@@ -493,12 +488,6 @@ class EnsembleStatistics:
         """Empty statistics with the same options."""
         return EnsembleStatistics(folds=self.folds, keep=self.keep, max_bytes=self.max_bytes, shard=self.shard)
 
-    def _footprint(self, num_images: int, num_classes: int) -> dict[Representation, Footprint]:
-        assert self._shape is not None
-        return footprint(
-            *self._shape, num_images, num_classes=num_classes, folds=self.folds, itemsize=self._dtype.itemsize
-        )
-
     def _common(self, ranks: Ranks) -> tuple[tuple[int, int], torch.dtype, int]:
         """(M, h) and dtype of all ranks' features, and the number of their images."""
         mine = [self._shape, str(self._dtype).removeprefix("torch."), self.folds, self._num_images]
@@ -522,36 +511,13 @@ class EnsembleStatistics:
         # One rank was told to keep features and another moments, or each has room for something else.
         raise StatisticsError(f"ranks cannot keep the same: in their order, they can keep {by_rank}; pass one keep=")
 
-    def _representation(self, num_images: int, num_classes: int) -> Representation:
+    def _representation(self, num_images: int, num_classes: int, device: torch.device) -> Representation:
         """What to keep of so many images, or of as many as are expected; StatisticsError where there is no room."""
-        return self._with_room(num_images, num_classes, self.keep if self._moments is None else "moments")[0]
-
-    def _with_room(self, num_images: int, num_classes: int, keep: Keep) -> list[Representation]:
-        """What can be kept, the smaller first; StatisticsError where there is no room for any of it."""
-        sizes = self._footprint(max(num_images, self._expected), num_classes)
-        if self._limit is None and self.max_bytes is None:  # what is kept came from elsewhere
-            free = available_bytes(self._device)
-            self._limit = None if free is None else free + self.nbytes
-        kinds = [keep] if keep != "auto" else sorted(sizes, key=lambda kind: sizes[kind].kept)
-        fitting = [kind for kind in kinds if self._limit is None or sizes[kind].peak <= self._limit]
-        if fitting:
-            return fitting
-        limit = in_words(self._limit)  # type: ignore[arg-type]
-        raise StatisticsError(
-            f"{self._plan(num_images, num_classes)}; {limit} can be had. Use fewer images; or fewer prompts "
-            "(hgprompt.select_prompts finds the best of a large pool); for features, a dtype of fewer bytes; for "
-            "moments, fewer folds; or raise max_bytes, where there is more memory than it says"
-        )
-
-    def _plan(self, num_images: int, num_classes: int) -> str:
-        """What either representation takes, in words."""
-        count = max(num_images, self._expected)
-        needs = [
-            f"{in_words(size.kept)} as {kind} ({in_words(size.peak)} in the solve)"
-            for kind, size in self._footprint(count, num_classes).items()
-            if self.keep in ("auto", kind)
-        ]
-        return f"statistics of {self._shape[0]} prompts and {count} images take {' or '.join(needs)}"  # type: ignore[index]
+        keep: Keep = self.keep if self._moments is None else "moments"
+        assert self._shape is not None
+        return self._room.fitting(
+            self._shape, self._dtype, num_images, num_classes, device=device, held=lambda: self.nbytes, keep=keep
+        )[0]
 
     def _to_moments(self) -> None:
         moments = [Moments(*self._require_shape()) for _ in range(self.folds)]
