@@ -113,14 +113,15 @@ class EnsembleResult:
 
     @classmethod
     def load(cls, directory: str | Path) -> EnsembleResult:
-        """Read what `save` wrote.
+        """Read what `save` wrote into a directory; its file's own path will do.
 
         Raises:
             FileFormatError: a file that is missing, damaged, or something else.
         """
         from hgprompt.files import read_safetensors
 
-        path = Path(directory) / _DATA_FILE
+        path = Path(directory)
+        path = path if path.name == _DATA_FILE else path / _DATA_FILE
         tensors, record = read_safetensors(path)
         if record.get("format") != "hgprompt-ensemble" or record.get("version") != _VERSION:
             raise FileFormatError(

@@ -214,20 +214,21 @@ def load_backbone(
 
 
 def opened(path: Path) -> TuneResult | EnsembleResult | None:
-    """What 'tune' or 'ensemble' wrote into this folder; None where it is no folder."""
+    """What 'ensemble' or 'tune' wrote: a folder with one of their files, or such a file; None for another file."""
     from hgprompt.errors import FileFormatError
     from hgprompt.result import EnsembleResult
     from hgprompt.tuning import TuneResult
 
-    if path.name in ("tuned.safetensors", "ensemble.safetensors") and path.is_file():
-        path = path.parent
-    if not path.is_dir():
-        return None
-    if (path / "tuned.safetensors").is_file():
-        return TuneResult.load(path)
-    if not (path / "ensemble.safetensors").is_file():
+    kinds: dict[str, Callable[[Path], TuneResult | EnsembleResult]]
+    kinds = {"ensemble.safetensors": EnsembleResult.load, "tuned.safetensors": TuneResult.load}
+    if path.is_file() or not path.exists():
+        return kinds[path.name](path) if path.name in kinds else None
+    there = [name for name in kinds if (path / name).is_file()]
+    if not there:
         raise FileFormatError(f"{path} holds neither an ensemble nor a tuned prompt")
-    return EnsembleResult.load(path)
+    if len(there) > 1:
+        raise FileFormatError(f"{path} holds an ensemble and a tuned prompt: name {' or '.join(there)} in it")
+    return kinds[there[0]](path)
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:

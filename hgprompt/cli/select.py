@@ -56,6 +56,8 @@ def select(
     prompts = PromptPool.load(pool)
     if out.is_dir():
         raise OptionError(f"--out {out} is a folder: give the file of the new pool, such as {out / 'pool.safetensors'}")
+    if out.exists() and out.samefile(pool):
+        raise OptionError(f"--out {out} is the pool itself, whose other prompts would be lost: give another file")
     make_directory(out.parent)
     vit = options.load_backbone(
         prompts.backbone, backbone, weights=weights, device=device, dtype=dtype, image_size=image_size, mean=mean,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -157,7 +156,10 @@ def tune(
     split: options.Split = "train800val200",
     test: Annotated[
         str | None,
-        typer.Option(help="What to test on: a split (procedural tasks: test), or a folder with the same classes."),
+        typer.Option(
+            help="What to test on: a split (val200 beside --split train800; procedural tasks: test), or another task "
+            "with the same classes, a folder or procedural:NAME."
+        ),
     ] = None,
     evaluate_every: Annotated[int, typer.Option(help="Epochs between tests; 0: after the last alone.", min=0)] = 1,
     limit: options.Limit = None,
@@ -194,6 +196,9 @@ def tune(
     prompt, info = _start(start)
     if prompt is not None and (tokens is not None or deep):
         raise OptionError("--tokens and --deep are of a random start: this one has its own")
+    tests = None if test is None else _test_place(data, test)
+    if tests is not None:
+        _warn_of_training_images(data, split, tests, follow_links=follow_links)
     with output_directory(out):
         vit = options.load_backbone(
             info, backbone, weights=weights, device=device, dtype=dtype, image_size=image_size, default="mini",
@@ -208,7 +213,7 @@ def tune(
             options.load_images, quiet=quiet or as_json, bad_images=bad_images, follow_links=follow_links
         )
         images = read(data, split, vit, limit=limit)
-        tested = None if test is None else _test_images(read, data, test, images, vit)
+        tested = None if tests is None else read(*tests, vit, limit=None)
         if prompt is None:
             prompt = random_prompt(vit, tokens or 10, deep=deep, seed=seed)
         elif info is not None:
@@ -306,8 +311,15 @@ def _start(start: str) -> tuple[Tensor | None, BackboneInfo | None]:
         return found.prompt if isinstance(found, EnsembleResult) else found.prompts[0], found.backbone
     parts = ((start[:i], start[i + 1 :]) for i, c in enumerate(start) if c == ":")  # a name may have some of its own
     path, name = next(((path, name) for path, name in parts if Path(path).is_file()), ("", ""))
+    if not path and Path(start).is_file():
+        names = PromptPool.load(start).names
+        raise OptionError(f"--start {start} is a pool: give one of its prompts, as in {start}:{names[0]}")
     if not path:
-        raise OptionError(f"--start {start!r} is no folder of an ensemble, no POOL.safetensors:NAME and not 'random'")
+        file = start.rpartition(":")[0] or start
+        raise OptionError(
+            f"--start: there is no {file!r}. It takes a folder that 'ensemble' or 'tune' wrote, "
+            "POOL.safetensors:NAME, or 'random'"
+        )
     pool = PromptPool.load(path)
     return pool[name], pool.backbone
 
@@ -316,33 +328,35 @@ def _start_name(start: str) -> str:
     return start if start == RANDOM else Path(start).name
 
 
-def _test_images(
-    read: Callable[..., LabelledImages | ImageDataset],
-    data: str,
-    test: str,
-    train: LabelledImages | ImageDataset,
-    vit: FrozenViT,
-) -> LabelledImages | ImageDataset:
-    """The images of another split, or where there is none of the name, of another folder with the same classes."""
+def _test_place(data: str, test: str) -> tuple[str, str]:
+    """Task and split of the test images: another split of the data, or another task with the same classes."""
+    from hgprompt.data import PROCEDURAL_TASKS
     from hgprompt.data.listing import under_an_alias
     from hgprompt.errors import DataError
 
-    if data.startswith(options.PROCEDURAL):
-        if test != "test":
-            raise DataError(f"{data} has one split to test on: --test test, got {test!r}")
-        return read(data, test, vit, limit=None)
-    if (under_an_alias(Path(data)) / f"{test}.txt").is_file():
-        return read(data, test, vit, limit=None)
-    if not Path(test).is_dir():
-        raise DataError(f"--test {test!r} is neither a split of {data} nor a folder with the same classes")
-    images = read(test, "test", vit, limit=None)
-    if images.class_names != train.class_names:
-        raise DataError(
-            f"the classes of {test} ({_some(images.class_names)}) are not those of {data} ({_some(train.class_names)})"
-        )
-    return images
+    rendered = data.startswith(options.PROCEDURAL)
+    if (rendered and test == "test") or (under_an_alias(Path(data)) / f"{test}.txt").is_file():
+        return data, test
+    if test.removeprefix(options.PROCEDURAL) in PROCEDURAL_TASKS and test.startswith(options.PROCEDURAL):
+        return test, "test"
+    if Path(test).is_dir():
+        return test, "test"
+    splits = "its split is 'test'" if rendered else "it has no split of that name"
+    raise DataError(f"--test {test!r} is neither a split of {data} ({splits}) nor a folder with the same classes")
 
 
-def _some(names: tuple[str, ...] | None) -> str:
-    known = names or ()
-    return ", ".join(known[:5]) + (", …" if len(known) > 5 else "")
+def _warn_of_training_images(data: str, split: str, tests: tuple[str, str], *, follow_links: bool) -> None:
+    """An accuracy on images that are trained on says nothing: train800val200 holds val200."""
+    from hgprompt.data import load_task
+
+    if any(place.startswith(options.PROCEDURAL) for place in (data, tests[0])):
+        return
+    trained = {path for path, _ in load_task(data, split, follow_links=follow_links).samples}
+    tested = [path for path, _ in load_task(*tests, follow_links=follow_links).samples]
+    both = sum(path in trained for path in tested)
+    if both:
+        typer.secho(
+            f"warning: {both} of {len(tested)} test images are among those of --split {split}: their accuracy is no "
+            "test's. To test on val200, train on --split train800",
+            fg="yellow", err=True,
+        )  # fmt: skip

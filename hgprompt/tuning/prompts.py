@@ -11,6 +11,7 @@ from torch import Tensor
 from hgprompt.backbone import FrozenViT
 from hgprompt.encoder import Impl, check_prompts, encode, pull_back
 from hgprompt.errors import OptionError, PromptError
+from hgprompt.pool import PromptPool
 from hgprompt.progress import Reporter
 from hgprompt.tuning import trainer
 from hgprompt.tuning.config import TuneConfig
@@ -187,7 +188,7 @@ def tune(
         backbone: the frozen network; its dtype is the compute dtype. Prompts, heads and optimiser are float32.
         starts: {name: [p, d]} (deep: [L, p, d]), one run each. They are not changed.
         train, test: images and labels. test is only ever evaluated.
-        num_classes: C; None: train's (and test's, where it has more).
+        num_classes: C; None: train's (and test's, where it has more). Classes beyond those with a name are "class 7".
         config: how to tune; None: TuneConfig().
         head: what the heads start as: "random", drawn with the config's seed, or "fitted" to the features of the
             training images under each start, in closed form (`fitted_head`), which takes one more pass forward.
@@ -206,6 +207,7 @@ def tune(
     if head not in HEAD_STARTS:
         raise OptionError(f"head must be one of {', '.join(map(repr, HEAD_STARTS))}, got {head!r}")
     prompts = _checked(backbone, starts)
+    trainer.check_tasks(train, test)
     names, configs = tuple(starts), [config] * len(prompts)
     num_classes = num_classes or max(train.num_classes, 0 if test is None else test.num_classes)
     parameters = PromptLearner.start(backbone, prompts, num_classes, configs)
@@ -224,7 +226,7 @@ def tune(
         history=tuple(record | {"lr": record["lr"][0]} for record in trained.history),
         config=config,
         task=train.name,
-        class_names=train.class_names,
+        class_names=_class_names(train, test, num_classes),
         backbone=backbone.info,
         seconds=trained.seconds,
     )
@@ -264,10 +266,23 @@ def evaluate(
     return trainer.accuracy(learner, images, batch_size=batch_size, workers=workers, report=report)
 
 
+def _class_names(train: trainer.Images, test: trainer.Images | None, num_classes: int) -> tuple[str, ...] | None:
+    """A name for every output of the heads, which may be more than the training images have names for."""
+    if train.class_names is None:
+        return None
+    known = train.class_names if test is None else max(train.class_names, test.class_names or (), key=len)
+    return (*known[:num_classes], *(f"class {c}" for c in range(len(known), num_classes)))
+
+
 def _checked(backbone: FrozenViT, starts: Mapping[str, Tensor]) -> list[Tensor]:
     if not isinstance(starts, Mapping) or not starts:
         raise PromptError("starts must be {name: prompt} with at least one prompt: random_prompt makes one")
     shapes = {name: list(prompt.shape) for name, prompt in starts.items()}
     if len({tuple(shape) for shape in shapes.values()}) > 1:
         raise PromptError(f"starts must have one shape, got {shapes}")
+    if isinstance(starts, PromptPool):
+        starts.check_backbone(backbone.info)
+    for name, prompt in starts.items():
+        if not bool(prompt.isfinite().all()):
+            raise PromptError(f"start {name!r} holds NaN or infinity")
     return [prompt.detach().float() for prompt in starts.values()]

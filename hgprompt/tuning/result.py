@@ -86,14 +86,15 @@ class TuneResult:
 
     @classmethod
     def load(cls, directory: str | Path) -> TuneResult:
-        """Read what `save` wrote; the file may come from anybody.
+        """Read what `save` wrote into a directory (its file's own path will do); it may come from anybody.
 
         Raises:
             FileFormatError: anything but a whole, consistent result.
         """
         from hgprompt.files import read_safetensors
 
-        path = Path(directory) / _FILE
+        path = Path(directory)
+        path = path if path.name == _FILE else path / _FILE
         tensors, record = read_safetensors(path)
         if record.get("format") != _FORMAT or record.get("version") != _VERSION:
             raise FileFormatError(f"{path} is no tuned prompt of this version (hgprompt tune makes one)")

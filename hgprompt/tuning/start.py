@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hgprompt.backbone import FrozenViT
-from hgprompt.errors import OptionError
+from hgprompt.errors import BackboneError, OptionError
 from hgprompt.tuning.streams import uniform_within
 
 
@@ -16,6 +16,8 @@ def random_prompt(backbone: FrozenViT, num_tokens: int, *, deep: bool = False, s
     Prompts of one pool should share the seed: tokens carry no position, so a mixture Σ α_i P_i is meaningful only where
     token j of every prompt has a common origin.
     """
+    if not isinstance(backbone, FrozenViT):
+        raise BackboneError(f"backbone must be a FrozenViT (FrozenViT.from_timm), got {type(backbone).__name__}")
     if num_tokens < 1:
         raise OptionError(f"a prompt has at least 1 token, got {num_tokens}")
     height, width = backbone.patch_size

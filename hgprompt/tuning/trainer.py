@@ -101,6 +101,7 @@ def train(
     runs = _Runs(learner, configs)
     names = tuple(names) if names is not None else tuple(f"run {r + 1}" for r in range(len(configs)))
     num_classes = num_classes or max(train.num_classes, 0 if test is None else test.num_classes)
+    check_tasks(train, test)
     for images in (train, test):
         if images is not None:
             check_labels(images, num_classes)
@@ -371,6 +372,24 @@ def _load(store: Checkpoint, runs: _Runs) -> list[dict[str, Any]]:
 def _as_json(record: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has no NaN: a loss that is not there is None."""
     return dict(record) | {"loss": [None if math.isnan(v) else v for v in record["loss"]]}
+
+
+def check_tasks(train: Images, test: Images | None) -> None:
+    """Raise DataError for what are no images with labels, or for tests on other classes."""
+    for which, images in (("train", train), ("test", test)):
+        if not isinstance(images, (LabelledImages, ImageDataset)) and not (which == "test" and images is None):
+            raise DataError(
+                f"{which} must be LabelledImages(name, images uint8 [N, 3, H, W], labels int64 [N]), or what "
+                f"hgprompt.data.decode and open_images make of a folder; got {type(images).__name__}"
+            )
+    names, others = train.class_names or (), (None if test is None else test.class_names) or ()
+    different = [c for c, (here, there) in enumerate(zip(names, others, strict=False)) if here != there]
+    if different:
+        c = different[0]
+        raise DataError(
+            f"the test images have other classes: label {c} is {others[c]!r} there, and {names[c]!r} in training "
+            f"({len(different)} of {len(names)} differ)"
+        )
 
 
 def check_labels(images: Images, num_classes: int) -> None:

@@ -43,6 +43,7 @@ def test_errors_are_one_line(place, here):
     for arguments, code, message in (
         (("--size", "9"), 1, "size must be"),
         (("--size", "2", "--out", "."), 1, "--out . is a folder"),
+        (("--size", "2", "--out", "pool.safetensors"), 1, "is the pool itself"),
         (("--size", "2", "--method", "x"), 2, "'halving', 'greedy', 'ranking'"),
     ):
         done = here(place, *COMMAND, "--limit", "40", "--out", "none.safetensors", *arguments)

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from hgprompt import PromptPool
-from hgprompt.tuning import TuneResult
+from hgprompt import EnsembleResult, PromptPool, fast_ensemble, load_backbone
+from hgprompt.data import render_task
+from hgprompt.tuning import TuneConfig, TuneResult, random_prompt, tune
 
 FAST = ("--epochs", "2", "--batch-size", "8", "--dtype", "float32", "--device", "cpu", "--quiet")
 
@@ -195,7 +197,7 @@ def broken(place):
         (("train-source", "procedural:azimuth", "--limit", "100000000000"), 1, "ask for fewer"),
         (("train-source", "fruit", "--image-size", "17"), 1, "no multiple"),
         (("train-source", "fruit", "--lr", "3e38"), 1, "lr must be"),
-        (("tune", "procedural:azimuth", "--limit", "18", "--test", "val"), 1, "one split to test on"),
+        (("tune", "procedural:azimuth", "--limit", "18", "--test", "val"), 1, "(its split is 'test')"),
         (("tune", "fruit", "--start", "fruit"), 1, "neither an ensemble nor a tuned prompt"),
         (("tune", "fruit", "--head", "lda"), 2, "'random', 'fitted'"),
         (("tune", "nowhere", "--out", "not-made"), 1, "no folder of images"),
@@ -208,7 +210,7 @@ def broken(place):
         (("train-source", "fruit", "--optimizer", "lion"), 2, "'sgd', 'adamw'"),
         (("train-source", "fruit", "--device", "abacus"), 1, "abacus"),
         (("train-source",), 2, "Missing argument"),
-        (("tune", "fruit", "--start", "nothing"), 1, "no folder of an ensemble"),
+        (("tune", "fruit", "--start", "nothing"), 1, "there is no 'nothing'"),
         (("tune", "fruit", "--out", "file"), 1, "cannot make the directory"),
         (("demo", "--quick", "--full"), 1, "exclude each other"),
         (("demo", "--target", "dance"), 1, "no procedural task"),
@@ -240,3 +242,36 @@ def test_a_test_folder_must_have_the_same_classes(place, here):
         done = here(place, "tune", "stones", "--test", test, "-o", "never", *FAST)
         assert done.code == 1
         assert message in done.err
+
+
+def test_a_file_by_name_is_the_one_that_is_read(place, here, tmp_path):
+    """A mixture and what was tuned from it, in one folder."""
+    vit = load_backbone("mini", device="cpu")
+    one, other = random_prompt(vit, 2, seed=1), random_prompt(vit, 2, seed=2)
+    pool = PromptPool({"a": one, "b": other}, backbone=vit.info)
+    images = render_task("object-count", 20, image_size=64)
+    mixed = fast_ensemble(pool, images.batches(10), backbone=vit, lam=0, gradient_images=0)
+    mixed.save(tmp_path / "both")
+    still = TuneConfig(epochs=1, lr=0.0, head_lr=0.0)
+    tune(vit, {"b": other}, images, config=still).save(tmp_path / "both")
+    for file, expected in (("ensemble", mixed.prompt), ("tuned", other)):
+        path = tmp_path / "both" / f"{file}.safetensors"
+        done = here(
+            place, "tune", "stones", "--start", path, "-o", tmp_path / file, "--lr", "0", "--head-lr", "0", *FAST
+        )
+        assert done.code == 0, done.err
+        torch.testing.assert_close(TuneResult.load(tmp_path / file).prompts[0], expected)
+    assert torch.equal(EnsembleResult.load(tmp_path / "both" / "ensemble.safetensors").prompt, mixed.prompt)
+    for command in (("tune", "stones", "--start"), ("inspect",)):
+        refused = here(place, *command, tmp_path / "both")
+        assert refused.code == 1
+        assert "an ensemble and a tuned prompt: name" in " ".join(refused.err.split())
+    pool.save(tmp_path / "pool.safetensors")
+    refused = here(place, "tune", "stones", "--start", tmp_path / "pool.safetensors")
+    assert "pool.safetensors:a" in refused.err.replace("\n", "")
+
+
+def test_a_test_on_training_images_is_warned_of(place, here, tmp_path):
+    done = here(place, "tune", "stones", "--test", "stones", "-o", tmp_path / "out", "--limit", "4", *FAST)
+    assert done.code == 0, done.err
+    assert "16 of 16 test images are among those of --split train800val200" in " ".join(done.err.split())

@@ -10,11 +10,12 @@ import literal
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Subset
 
-from hgprompt import DataError, FrozenViT, OptionError, PromptError
+from hgprompt import BackboneError, DataError, FrozenViT, OptionError, PromptError, PromptPool
 from hgprompt.data import ImageDataset, LabelledImages, load_task, open_images
 from hgprompt.errors import FileFormatError
-from hgprompt.tuning import TuneConfig, evaluate, random_prompt, tune
+from hgprompt.tuning import TuneConfig, TuneResult, evaluate, random_prompt, tune
 from hgprompt.tuning.config import TuneConfig as Config
 from hgprompt.tuning.prompts import PromptLearner
 from hgprompt.tuning.trainer import train
@@ -199,6 +200,42 @@ def test_refuses_what_cannot_be_tuned(vit, images):
         tune(vit, _starts(vit), images, num_classes=2, config=CONFIG)
     with pytest.raises(DataError, match="not finite"):
         tune(vit, _starts(vit), images, config=TuneConfig(epochs=30, lr=1e6, head_lr=1e6, weight_decay=1e3))
+
+
+def test_refuses_tests_on_other_classes(vit, images):
+    named = dataclasses.replace(images, class_names=("a", "b", "c"))
+    turned = dataclasses.replace(images, class_names=("c", "b", "a"))
+    with pytest.raises(DataError, match="label 0 is 'c' there, and 'a' in training"):
+        tune(vit, _starts(vit), named, test=turned, config=CONFIG)
+
+
+@pytest.mark.parametrize("make", [list, lambda images: DataLoader(images), lambda images: Subset(images, [0])])
+def test_refuses_what_are_no_labelled_images(vit, images, make):
+    with pytest.raises(DataError, match=r"train must be LabelledImages\(name"):
+        tune(vit, _starts(vit), make(images), config=CONFIG)
+
+
+def test_refuses_starts_of_another_network_or_of_no_numbers(vit, images):
+    other = dataclasses.replace(vit.info, fingerprint="0" * 64)
+    with pytest.raises(PromptError, match="tuned for backbone"):
+        tune(vit, PromptPool(_starts(vit), backbone=other), images, config=CONFIG)
+    with pytest.raises(PromptError, match="start 'b' holds NaN"):
+        tune(vit, _starts(vit) | {"b": torch.full((3, vit.width), torch.nan)}, images, config=CONFIG)
+    with pytest.raises(BackboneError, match="must be a FrozenViT"):
+        random_prompt(literal.tiny_vit(), 3)
+
+
+def test_every_output_has_a_name(vit, images, tmp_path):
+    """Heads may have more of them than the training images have names for."""
+    named = dataclasses.replace(images, class_names=("a", "b", "c"))
+    more = dataclasses.replace(_images(8, classes=4), class_names=("a", "b", "c", "d"))
+    brief = dataclasses.replace(CONFIG, epochs=1)
+    for options, names in (
+        ({"num_classes": 5}, ("a", "b", "c", "class 3", "class 4")),
+        ({"test": more}, tuple("abcd")),
+    ):
+        tune(vit, _starts(vit), named, config=brief, **options).save(tmp_path)
+        assert TuneResult.load(tmp_path).class_names == names
 
 
 def test_rate_rises_and_falls():
