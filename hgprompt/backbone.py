@@ -165,8 +165,12 @@ class FrozenViT(nn.Module):
                 None: as it is.
 
         Raises:
-            BackboneError: not one finite number per channel, or a std that is not positive.
+            BackboneError: not one finite number per channel, a std that is not positive, or an unknown filter.
         """
+        from hgprompt.data.folders import INTERPOLATIONS
+
+        if interpolation not in (None, *INTERPOLATIONS):
+            raise BackboneError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
         found = {"mean": self.mean, "std": self.std}
         for name, values in (("mean", mean), ("std", std)):
             if values is None:
@@ -192,6 +196,11 @@ class FrozenViT(nn.Module):
         if not isinstance(images, Tensor):
             raise DataError(f"images must be a torch.Tensor [B, 3, H, W], got {type(images).__name__}")
         expected = (self.in_channels, *self.image_size)
+        if images.ndim == 3:
+            raise DataError(
+                f"images must be batches [B, {', '.join(map(str, expected))}], got one image {list(images.shape)}: a "
+                "Dataset goes into a DataLoader first"
+            )
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             channels, height, width = expected
             raise DataError(

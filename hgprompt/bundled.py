@@ -60,7 +60,10 @@ def load_model(name: str, *, checkpoint: str | None = None, **timm_options: Any)
         return create_model(name, checkpoint is None, checkpoint, timm_options).float().eval()
     if checkpoint is not None or set(timm_options) - {"img_size"}:
         raise BackboneError(_OWN_WEIGHTS)
-    return mini_model(timm_options.get("img_size", _MINI_SIZE))
+    size = timm_options.get("img_size", _MINI_SIZE)
+    if any(pixels % _MINI_ARCHITECTURE["patch_size"] for pixels in (size if isinstance(size, tuple) else (size,))):
+        raise BackboneError(f"img_size {size} is no multiple of the mini backbone's patches of 8: pixels would be cut")
+    return mini_model(size)
 
 
 def mini_model(img_size: int | tuple[int, int] = _MINI_SIZE, *, pretrained: bool = True) -> nn.Module:

@@ -28,6 +28,7 @@ from hgprompt.errors import DataError, FileFormatError, OptionError, OutputError
 from hgprompt.files import (
     MAX_FILE_BYTES,
     bytes_of,
+    differences,
     digest_of_tensors,
     make_directory,
     read_safetensors,
@@ -211,7 +212,7 @@ class PassCheckpoint:
             raise FileFormatError(f"{self.path} is no checkpoint of this version's passes; name another checkpoint_dir")
         identity = metadata.get("identity")
         if identity != self._identity:
-            changed = _changes(identity if isinstance(identity, dict) else {}, self._identity)
+            changed = differences(identity if isinstance(identity, dict) else {}, self._identity)
             raise OptionError(
                 f"{self.path} is the checkpoint of another pass (it differs in {changed}): call it as it was, name "
                 "another checkpoint_dir, or delete it to begin again"
@@ -246,20 +247,6 @@ def _digest_of_heads(head: Any) -> str:
     heads = list(head) if isinstance(head, (Sequence, nn.ModuleList)) else [head]
     known = [digest_of_tensors(one.state_dict().values()) if isinstance(one, nn.Module) else "" for one in heads]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
-
-
-def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The names of what differs, and the values where they say something to a reader."""
-    words = []
-    for key in sorted({*then, *now}):
-        old, new = then.get(key), now.get(key)
-        if old == new:
-            continue
-        name = key if key in now else ascii(key)[:50]
-        plain = all(value is None or isinstance(value, (str, int, float)) for value in (old, new))
-        known = f"{name}, {json.dumps(old)} and not {json.dumps(new)}" if plain else name
-        words.append(known if len(known) < 100 else name)
-    return "; ".join(words)[:1000]
 
 
 def _file_name(rank: int, num_ranks: int) -> str:

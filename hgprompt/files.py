@@ -94,6 +94,28 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def differences(then: Any, now: Any) -> str:
+    """What differs between two identities that came from JSON: the names, and the values where they say something."""
+    words: dict[str, None] = {}
+
+    def compare(name: str, old: Any, new: Any) -> None:
+        if old == new:
+            return
+        if isinstance(old, dict) and isinstance(new, dict):
+            for key in sorted({*old, *new}):
+                compare(key if key in new else ascii(key)[:50], old.get(key), new.get(key))
+        elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and isinstance(new[0], dict):
+            for one, other in zip(old, new, strict=True):
+                compare(name, one, other)
+        else:
+            plain = all(value is None or isinstance(value, (str, int, float)) for value in (old, new))
+            known = f"{name}, {json.dumps(old)} and not {json.dumps(new)}" if plain else name
+            words[known if len(known) < 100 else name] = None
+
+    compare("all", then, now)
+    return "; ".join(words)[:1000]
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file, whole or not at all.
 
@@ -323,8 +345,8 @@ def _read_header(path: Path, file: BinaryIO, max_header_bytes: int) -> tuple[dic
     file.seek(8)
     if length > max_header_bytes or length > size - 8:
         raise FileFormatError(
-            f"{path} is no safetensors file, or truncated: it claims a header of {length} bytes "
-            f"(file: {size}, limit: {max_header_bytes})"
+            f"{path} is no safetensors file, or truncated: its first bytes claim a header of {length} bytes, where the "
+            f"file has {size} (and the limit is {max_header_bytes})"
         )
     try:
         header = strict_json.parse(file.read(length))

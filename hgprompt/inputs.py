@@ -19,9 +19,11 @@ from hgprompt.batch_checks import check_labels
 from hgprompt.bundled import load_backbone
 from hgprompt.distributed import Ranks
 from hgprompt.encoder import check_prompts
-from hgprompt.errors import BackboneError, DataError, DistributedError, HGPromptError
+from hgprompt.errors import BackboneError, DataError, DistributedError, HGPromptError, warn
 from hgprompt.pool import PromptPool
 from hgprompt.workers import end_workers, failure_in_words, of_a_worker
+
+_FAR = 30.0  # standard deviations from the mean, for a pixel
 
 Prompts = PromptPool | Mapping[str, Tensor] | Sequence[Tensor] | Tensor
 
@@ -34,13 +36,22 @@ def resolve(
 ) -> tuple[PromptPool, Tensor, FrozenViT]:
     check_place(device, dtype)
     pool = prompts if isinstance(prompts, PromptPool) else PromptPool(prompts)
+    given = backbone is not None
     if backbone is None:
         if pool.backbone is None:
             raise BackboneError("these prompts name no backbone: pass backbone=, a timm model, a FrozenViT or a name")
         backbone = pool.backbone.name
     if isinstance(backbone, str):
         options: dict[str, Any] = {} if pool.backbone is None else {"img_size": pool.backbone.image_size}
-        vit = load_backbone(backbone, device=device, dtype=dtype, **options)
+        try:
+            vit = load_backbone(backbone, device=device, dtype=dtype, **options)
+        except BackboneError as error:
+            if given:
+                raise
+            raise BackboneError(
+                f"the backbone that the prompts name could not be loaded ({error}): pass backbone=, the network that "
+                "they were tuned with"
+            ) from error
         if pool.backbone is not None:
             vit.set_preprocessing(
                 mean=pool.backbone.mean, std=pool.backbone.std, interpolation=pool.backbone.interpolation
@@ -132,12 +143,25 @@ def _batches(
             raise DataError(
                 f"batch {position} of the loader is {images.dtype}: uint8 and normalised floats cannot both be right"
             )
+        if position == 0 and floating:
+            _warn_of_raw_pixels(vit, images)
         position += 1
         if len(labels) == 0:  # a collate function that drops bad images may leave none
             continue
         if note is not None:
             note(images, labels)
         yield images, labels
+
+
+def _warn_of_raw_pixels(vit: FrozenViT, images: Tensor) -> None:
+    """Floats are taken as they are. Normalised ones lie on both sides of the mean, and not far from it."""
+    low, high = (float(value) for value in images.detach().aminmax()) if images.numel() else (-1.0, 1.0)
+    of_mean = min(vit.mean)
+    if high > _FAR or (low >= 0 and high <= 1 and of_mean > 0 and high > 0):
+        warn(
+            f"images are floating point from {low:.3g} to {high:.3g}, which normalised ones are not: give uint8, or "
+            f"normalise images in 0 … 1 with the backbone's mean {vit.mean} and std {vit.std}"
+        )
 
 
 def same_batches(batches: Iterator[tuple[Tensor, Tensor]], ranks: Ranks, stage: str) -> Iterator[tuple[Tensor, Tensor]]:

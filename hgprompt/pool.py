@@ -244,7 +244,10 @@ class PromptPool(Mapping[str, Tensor]):
 
         tensors, metadata = read_safetensors(path)
         if metadata.get("format") != _FORMAT:
-            raise FileFormatError(f"{path} is a safetensors file, but no prompt pool (PromptPool.save makes one)")
+            other = {"hgprompt-ensemble": "an ensemble", "hgprompt-tuned": "a tuned prompt"}.get(
+                str(metadata.get("format")), "a safetensors file"
+            )
+            raise FileFormatError(f"{path} is {other}, but no prompt pool (PromptPool.save makes one)")
         if metadata.get("version") != _VERSION:
             raise FileFormatError(
                 f"{path} is a pool of version {metadata.get('version')!r:.50}, this hgprompt reads {_VERSION}: "

@@ -196,7 +196,7 @@ def given_loss(head: Head, num_prompts: int) -> Callable[[Tensor, Tensor, slice]
 
     Raises:
         OptionError: neither a callable nor M of them, or a module in training mode that matters. DataError: while
-            running, logits that do not fit the labels.
+            running, a head that does not fit the features, or logits that do not fit the labels.
     """
     heads: Sequence[HeadFunction]
     if isinstance(head, (Sequence, nn.ModuleList)) and not isinstance(head, str) and len(head) == num_prompts:
@@ -220,7 +220,12 @@ def given_loss(head: Head, num_prompts: int) -> Callable[[Tensor, Tensor, slice]
         largest, labels = int(labels.max()) if len(labels) else -1, copied(labels, features.device)
         total = []
         for one, x in zip(heads[prompts], features, strict=True):
-            logits = one(x)
+            try:
+                logits = one(x)
+            except torch.OutOfMemoryError:  # the encoder goes on with fewer images
+                raise
+            except RuntimeError as error:
+                raise DataError(f"the head failed on features {kind_of(x)}: {error}") from error
             if not is_floating(logits, 2) or len(logits) != len(labels) or largest >= logits.shape[1]:
                 raise DataError(
                     f"the head gives logits {kind_of(logits)} for {len(labels)} images with labels up to "

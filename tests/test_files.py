@@ -122,7 +122,7 @@ def test_limits_missing_files_and_folders(tmp_path, monkeypatch):
     write_safetensors(tmp_path / "x", TENSORS, {})
     with pytest.raises(FileFormatError, match="over the limit of 10"):
         read_safetensors(tmp_path / "x", max_bytes=10)
-    with pytest.raises(FileFormatError, match="limit: 20"):
+    with pytest.raises(FileFormatError, match="the limit is 20"):
         read_safetensors(tmp_path / "x", max_header_bytes=20)
     monkeypatch.setattr(files, "MAX_TENSORS", 1)
     with pytest.raises(FileFormatError, match="2 tensors"):

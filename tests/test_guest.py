@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from hgprompt import (
+    BackboneError,
     DataError,
     EnsembleStatistics,
+    FileFormatError,
     FrozenViT,
     HGPromptWarning,
     OptionError,
@@ -172,3 +174,43 @@ def test_a_loader_may_use_its_memory_again(options):
     ours, theirs = (fast_ensemble(PROMPTS, one, backbone=model, **options) for one in (reusing(), loader))
     assert torch.equal(ours.weights, theirs.weights)
     assert torch.equal(ours.gradient_cosines, theirs.gradient_cosines)
+
+
+@pytest.mark.parametrize("scale", [1, 255], ids=["0 to 1", "0 to 255"])
+def test_pixels_that_were_not_normalised_are_warned_of(scale):
+    vit = FrozenViT.from_timm(literal.tiny_vit()).set_preprocessing(mean=[0.5] * 3, std=[0.25] * 3)
+    images, labels = torch.rand(36, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(36) % 3
+    with pytest.warns(HGPromptWarning, match=r"floating point from .* give uint8, or normalise"):
+        fast_ensemble(PROMPTS, [(scale * images, labels)], backbone=vit, lam=0, gradient_images=0)
+    fast_ensemble(PROMPTS, [((images - 0.5) / 0.25, labels)], backbone=vit, lam=0, gradient_images=0)  # without one
+
+
+def test_a_dataset_is_no_loader():
+    dataset = torch.utils.data.TensorDataset(*_loader()[0])
+    with pytest.raises(DataError, match=r"got one image \[3, 16, 16\]: a Dataset goes into a DataLoader"):
+        fast_ensemble(PROMPTS, dataset, backbone=literal.tiny_vit())
+
+
+def test_heads_that_do_not_fit_the_features():
+    for head in (torch.nn.Linear(15, 3), torch.nn.Linear(16, 3).double()):
+        with pytest.raises(DataError, match=r"the head failed on features \[\d, 16\] torch.float32"):
+            fast_ensemble(PROMPTS, _loader(), backbone=literal.tiny_vit(), head=head)
+
+
+def test_a_pool_of_a_network_of_ones_own_asks_for_it():
+    vit = FrozenViT.from_timm(literal.tiny_vit())
+    pool = PromptPool(PROMPTS, backbone=vit.info)
+    with pytest.raises(BackboneError, match=r"that the prompts name could not be loaded .*: pass backbone="):
+        fast_ensemble(pool, _loader())
+    with pytest.raises(BackboneError, match="interpolation must be one of bicubic"):
+        vit.set_preprocessing(interpolation="cubist")
+    with pytest.raises(BackboneError, match="60 is no multiple"):
+        load_backbone("mini", device="cpu", img_size=60)
+
+
+def test_files_of_another_kind_are_named(tmp_path):
+    fast_ensemble(PROMPTS, _loader(), backbone=literal.tiny_vit(), lam=0, gradient_images=0).save(tmp_path)
+    with pytest.raises(FileFormatError, match="is an ensemble, but no prompt pool"):
+        PromptPool.load(tmp_path / "ensemble.safetensors")
+    with pytest.raises(FileFormatError, match=r"report.json is no safetensors file"):
+        PromptPool.load(tmp_path / "report.json")

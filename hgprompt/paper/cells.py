@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from hgprompt.errors import FileFormatError, OptionError
-from hgprompt.files import make_directory, read_json, write_text
+from hgprompt.files import differences, make_directory, read_json, write_text
 from hgprompt.progress import Progress, Reporter
 from hgprompt.result import jsonable
 
@@ -128,10 +128,9 @@ class Store:
             raise FileFormatError(f"{path} is no finished cell of this version; delete it to do its work again")
         mine, theirs = _plain(cell.identity), stored["identity"]
         if mine != theirs:
-            changed = sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k))
-            shown = "; ".join(f"{k!r:.60}: there {theirs.get(k)!r:.60}, here {mine.get(k)!r:.60}" for k in changed[:4])
             raise OptionError(
-                f"{path} was made otherwise ({shown}): give another --out, or delete it to do its work again"
+                f"{path} was made otherwise (it differs in {differences(theirs, mine)}): give another --out, or delete "
+                "it to do its work again"
             )
         record: dict[str, Any] = stored["record"]
         return record

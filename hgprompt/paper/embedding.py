@@ -6,14 +6,16 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hgprompt.encoder import encode
 from hgprompt.errors import OptionError
-from hgprompt.objective import h_score
+from hgprompt.objective import HScore
 from hgprompt.paper.cells import Cell, Work
 from hgprompt.paper.lab import Lab
+from hgprompt.statistics import EnsembleStatistics
 from hgprompt.tuning.methods import HGPrompt
 
 MAX_POINTS = 1000
@@ -29,12 +31,13 @@ def require_tsne() -> None:
 def embedding_cell(lab: Lab, target: str, sources: Sequence[str]) -> Cell:
     """The cell that holds a panel for each source prompt and one for the HGPrompt mixture of them all.
 
-    Its record: panels {title: {points [N][2], h_score, neighbours}}, labels [N], weights {source: α}. h_score and
-    neighbours (accuracy of the 5 nearest neighbours, leave-one-out) are of the features themselves: t-SNE is a picture.
+    Its record: panels {title: {points [N][2], h_score, neighbours}}, labels [N], weights {source: α}. h_score (at
+    one intensity for all) and neighbours (accuracy of the 5 nearest neighbours, leave-one-out) are of the features
+    themselves: t-SNE is a picture.
     """
     options = {
         "sources": list(sources), "pool": lab.pool_identity(sources), "lam": lab.plan.lam, "points": MAX_POINTS,
-        "test_limit": lab.plan.test_limit, "seed": lab.plan.seeds[0], "revision": HGPrompt.revision,
+        "test_limit": lab.plan.test_limit, "seed": lab.plan.seeds[0], "revision": [HGPrompt.revision, 1],
     }  # fmt: skip
     name = lab.task(target).name
     return Cell(f"embedding.{name}", lab.identity(target, **options), lambda w: _embed(lab, name, sources, w))
@@ -55,13 +58,17 @@ def _embed(lab: Lab, target: str, sources: Sequence[str], work: Work) -> dict[st
             parts.append(encode(lab.backbone, prompts, images[start : start + 64]).double().cpu())
             work.report("features", start, len(images))
         features = torch.cat(parts, dim=1)
+    # One intensity for all: else it is the shrinkage that is compared.
+    together = EnsembleStatistics()
+    together.update(features, labels)
+    score = HScore(together)
     panels = {}
-    for title, of_prompt in zip([*(f"source {s}" for s in sources), HGPrompt.name], features, strict=True):
+    for k, title in enumerate([*(f"source {s}" for s in sources), HGPrompt.name]):
         work.report(f"t-SNE, {title}", 0, None)
         panels[title] = {
-            "points": _tsne(of_prompt, seed),
-            "h_score": float(h_score(of_prompt, labels)),
-            "neighbours": neighbour_accuracy(of_prompt, labels, NEIGHBOURS),
+            "points": _tsne(features[k], seed),
+            "h_score": score(np.eye(len(features))[k])[0],
+            "neighbours": neighbour_accuracy(features[k], labels, NEIGHBOURS),
         }
     return {"panels": panels, "labels": labels.tolist(), "weights": about["weights"]}
 

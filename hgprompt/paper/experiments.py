@@ -15,7 +15,7 @@ from hgprompt.paper.bench import COMPARED, method_cell, method_key, method_of
 from hgprompt.paper.cells import Cell
 from hgprompt.paper.embedding import NEIGHBOURS, embedding_cell, require_tsne
 from hgprompt.paper.lab import Lab
-from hgprompt.paper.paired import difference
+from hgprompt.paper.paired import difference, least_p
 from hgprompt.paper.tables import Table, accuracy_table, csv_text, escaped, markdown
 from hgprompt.paper.tasks import canonical
 from hgprompt.paper.weights import WEIGHING, cosines_cell, weights_cell
@@ -63,6 +63,7 @@ _ABLATION = {
     "H-score / –": f"{HGPROMPT} λ=0",
     "– / gradient": UNIFORM,  # Eq. 10 is least at uniform weights: this row is the first, not another run of it
     "H-score / gradient": HGPROMPT,
+    "H-score / gradient, H as in Eq. 12": RAW,  # which is the paper's λ; the row above has C - 1 times as much
 }
 
 
@@ -122,7 +123,7 @@ def _paired(lab: Lab, request: Request, records: Records) -> tuple[list[str], li
     said = (
         f"Paired differences: {HGPROMPT} minus each of the others on the same task with the same seed, in percentage "
         f"points: mean over {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'} ± its standard error. p: two-sided, "
-        f"of flips of the tasks' signs; with so many tasks it is at least {2 / 2 ** len(tasks):.2g}, and no correction "
+        f"of flips of the tasks' signs; with so many tasks it is at least {least_p(len(tasks)):.2g}, and no correction "
         "for the number of rows is in it. Ahead: of all pairs of runs."
     )
     return [said, markdown([f"{HGPROMPT} −", "difference", "p", "ahead"], shown)], [file]
@@ -145,7 +146,7 @@ def _write_accuracies(
     below = "Test accuracy in %. Bold: best of a column, underlined: second best."
     if len(lab.plan.seeds) > 1:
         below += f" Mean ± standard deviation (n - 1) of {len(lab.plan.seeds)} seeds."
-    remarks = [*remarks, *_diverged(lab, request, records)]
+    remarks = [*remarks, *_at_the_edge(lab, request, records), *_diverged(lab, request, records)]
     files = _write_text(lab, name, table.markdown(), table.csv(), [below, *remarks])
     rows = {n: [None if e is None else (e.mean, e.std or 0.0) for e in entries] for n, entries in table.rows.items()}
     if any(e is not None for entries in rows.values() for e in entries):
@@ -157,6 +158,18 @@ def _write_accuracies(
 
 def _digits(p: Any) -> str:
     return f"{p:.3f}" if p >= 0.001 else f"{p:.1g}"
+
+
+def _at_the_edge(lab: Lab, request: Request, records: Records) -> list[str]:
+    """A sentence for methods that might have done better with rates beyond the grid's largest."""
+    counts: dict[str, list[bool]] = {}
+    for method in request.methods:
+        for record in _of(lab, method, request, records).values():
+            largest = max(point["lr"] for point in record["grid"])
+            counts.setdefault(method, []).append(record["chosen"]["lr"] == largest)
+    often = [f"{name} ({sum(at)} of {len(at)})" for name, at in counts.items() if 2 * sum(at) > len(at)]
+    said = "Chose the grid's largest rate on most tasks, so that larger ones may do better: "
+    return [f"{said}{', '.join(often)}."] if often else []
 
 
 def _diverged(lab: Lab, request: Request, records: Records) -> list[str]:
@@ -390,7 +403,9 @@ def _write_text(lab: Lab, name: str, table: str, text: str, below: Sequence[str]
         "grid": f"{plan.grid} grid",
         "lam": "λ as in each row" if name == "fig6" else f"λ = {plan.lam:g} (of -H/(C-1) + λ L_align)",
         "seeds": f"seed {plan.seeds[0]}" if name in _NOT_OF else f"seeds {', '.join(map(str, plan.seeds))}",
-        "test": "all test images" if plan.test_limit is None else f"at most {plan.test_limit} test images of a task",
+        "test": "all test images"
+        if plan.test_limit is None
+        else f"at most {plan.test_limit} test images of a task, its classes in turn",
     }
     said = [text for what, text in conditions.items() if what not in _NOT_OF.get(name, ())]
     paragraphs = [f"# {EXPERIMENTS[name].title}", table.rstrip(), *below, f"Conditions: {'; '.join(said)}."]

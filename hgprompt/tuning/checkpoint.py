@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hgprompt.data.images import LabelledImages
 from hgprompt.errors import FileFormatError, OptionError
-from hgprompt.files import digest_of_tensors, read_safetensors, write_safetensors
+from hgprompt.files import differences, digest_of_tensors, read_safetensors, write_safetensors
 from hgprompt.result import is_number
 
 _FORMAT, _VERSION = "hgprompt-tuning", 3
@@ -50,10 +50,8 @@ class Checkpoint:
             raise FileFormatError(f"{self.path} is no checkpoint of this version's tuning; choose another file")
         run = metadata.get("run")
         if run != self.run:
-            known = run if isinstance(run, dict) else {}
-            changed = sorted(k for k in {*known, *self.run} if known.get(k) != self.run.get(k))
             raise OptionError(
-                f"{self.path} is the checkpoint of another run (it differs in {', '.join(changed)[:400]}): choose "
+                f"{self.path} is the checkpoint of another run (it differs in {differences(run, self.run)}): choose "
                 "another place, or delete it to begin again"
             )
         shapes = {name: (value.shape, value.dtype) for name, value in like.items()}

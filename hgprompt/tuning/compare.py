@@ -104,13 +104,19 @@ def compare_starts(
         progress: as for `fast_ensemble` and `tune`.
 
     Raises:
-        OptionError: no seeds or epochs, or the same ones twice. Others as `fast_ensemble` and `tune` do.
+        OptionError: no seeds or epochs, or the same ones twice; a seed that the pool's prompts began with. Others as
+            `fast_ensemble` and `tune` do.
     """
     if not seeds or not epochs:
         raise OptionError("a comparison needs at least one seed and one number of epochs")
     for what, values in {"seeds": seeds, "epochs": epochs, "variants": variants}.items():
         if len(set(values)) < len(values):
             raise OptionError(f"{what} must differ, got {list(values)}")
+    began = [seed for seed in seeds if any(pool.metadata[name].get("init_seed") == seed for name in pool)]
+    if began:
+        raise OptionError(
+            f"seed {began[0]} is that of the sources' common start, and the random start would be it: take other seeds"
+        )
     config = config or TuneConfig()
     names = (RANDOM, SINGLE, UNIFORM, HGPROMPT, *(f"{HGPROMPT} λ={lam:g}" for lam in variants))
     accuracy = torch.full((len(epochs), len(seeds), len(names)), float("nan"), dtype=torch.float64, device="cpu")

@@ -60,15 +60,16 @@ GRIDS: dict[str, dict[str, Grid]] = {
     "rates": {
         "prompt": Grid(_PROMPT_RATES, (0.0001,)),
         "linear": Grid(_PROMPT_RATES, (0.0001,)),
-        "fine-tune": Grid(_FINE_TUNE_RATES, (0.0001,)),
+        "fine-tune": Grid((0.08, 0.04, 0.02, 0.01, *_FINE_TUNE_RATES), (0.0001,)),
     },
     "quick": {
         "prompt": Grid((25.0, 10.0, 2.5, 0.5), (0.0001,)),
         "linear": Grid((25.0, 10.0, 2.5, 0.5), (0.0001,)),
-        "fine-tune": Grid(_FINE_TUNE_RATES, (0.0001,)),
+        "fine-tune": Grid((0.08, 0.02, 0.005, 0.001), (0.0001,)),
     },
 }
-"""By name and kind of method: "full" is VPT's, "rates" has its rates and one weight decay, "quick" four of them."""
+"""By name and kind of method: "full" is VPT's; "rates" has its rates and one weight decay; "quick" has four. The last
+two are for short budgets, for which VPT's largest rate of trained networks is too small: theirs are larger."""
 
 _FORMAT, _VERSION, _MAX_BYTES = "hgprompt-judged", 1, 2**22
 # A run of a prompt is a few numbers, one of a fine-tuned network may be a copy of the network.

@@ -89,13 +89,17 @@ def test_table1_and_what_the_experiments_share(reproduce, out):
     best = max(v["accuracy"] for v in cell["grid"])
     rates = [v["lr"] for v in cell["grid"] if v["accuracy"] == best]
     assert cell["chosen"]["lr"] == min(rates)
+    for method in ("VPT", "uniform"):
+        records = [json.loads((out / "cells" / f"{method}.{t}.json").read_text())["record"] for t in ("ants", "bees")]
+        at_edge = sum(r["chosen"]["lr"] == max(point["lr"] for point in r["grid"]) for r in records)
+        assert (f"{method} ({at_edge} of 2)" in text) == (at_edge == 2)
 
     before = {p.name: p.stat().st_mtime_ns for p in (out / "cells").glob("*.json")}
     assert reproduce("table1", "--tasks", "ants,bees", "--methods", "VPT,uniform") == said
     reproduce("table2", "--tasks", "ants", "--sources", "ants,bees,cats,owls")
     after = {p.name: p.stat().st_mtime_ns for p in (out / "cells").glob("*.json")}
     assert before.items() <= after.items()
-    assert {*after} - {*before} == {"HGPrompt-lambda-0.ants.json", "HGPrompt.ants.json"}
+    assert {*after} - {*before} == {f"HGPrompt{kind}.ants.json" for kind in ("", "-lambda-0", "-raw-H")}
 
     said = reproduce("table1", "--tasks", "ants", "--methods", "HGPrompt,VPT,uniform")
     assert "Paired differences" in said
@@ -115,13 +119,13 @@ def test_table1_and_what_the_experiments_share(reproduce, out):
 
 def test_other_options_are_refused_and_not_mixed_in(reproduce, out):
     said = reproduce("table1", "--tasks", "ants", "--methods", "uniform", "--test-limit", "3", code=1)
-    assert "made otherwise ('test_limit': there None, here 3)" in said.replace("\n", " ")
+    assert "made otherwise (it differs in test_limit, null and not 3)" in said.replace("\n", " ")
 
 
 def test_results_of_an_older_revision_are_refused(reproduce, monkeypatch):
     monkeypatch.setattr(HGPrompt, "revision", HGPrompt.revision + 1)
     said = reproduce("table1", "--tasks", "ants", "--methods", "HGPrompt", code=1)
-    assert f"made otherwise ('revision': there {HGPrompt.revision - 1}" in said.replace("\n", " ")
+    assert f"made otherwise (it differs in revision, {HGPrompt.revision - 1} and not" in said.replace("\n", " ")
     reproduce("table1", "--tasks", "ants", "--methods", "uniform")  # which depends on none
 
 

@@ -117,6 +117,9 @@ def test_an_ensemble_of_something_else_is_not_taken(vit, pool, tmp_path, other):
 def test_needs_seeds_and_budgets(vit, pool):
     with pytest.raises(OptionError, match="at least one seed"):
         compare_starts(vit, pool, _draw, _draw(0), seeds=())
+    begun = PromptPool(dict(pool), backbone=pool.backbone, metadata={"p1": {"init_seed": 44}})
+    with pytest.raises(OptionError, match="seed 44 is that of the sources"):
+        compare_starts(vit, begun, _draw, _draw(0))
     with pytest.raises(OptionError, match="at least one seed"):
         compare_starts(vit, pool, _draw, _draw(0), epochs=())
     for twice in ({"seeds": (1, 1)}, {"epochs": (2, 2)}, {"variants": (0.0, 0.0)}):

@@ -8,15 +8,16 @@ import math
 import literal
 import pytest
 import torch
+from sklearn.covariance import LedoitWolf
 
-from hgprompt import FrozenViT, OptionError, PromptError, PromptPool, encode, fast_ensemble
+from hgprompt import FrozenViT, OptionError, PromptError, PromptPool, encode, fast_ensemble, h_score
 from hgprompt.data import LabelledImages
 from hgprompt.tuning import TuneConfig, random_prompt, train, tune
 from hgprompt.tuning.learner import HEAD, cross_entropies
 from hgprompt.tuning.method import Cost, Setting
 from hgprompt.tuning.methods import CONTROLS, METHODS, attempt, panda, spot
 from hgprompt.tuning.methods.controls import BestSingle, EqualCompute, RandomWeights, WeightLearner
-from hgprompt.tuning.methods.hgprompt import HGPrompt, RawHGPrompt
+from hgprompt.tuning.methods.hgprompt import BestSingleByH, HGPrompt, RawHGPrompt
 from hgprompt.tuning.methods.start import brief_config, early_prompt
 from hgprompt.tuning.streams import stream
 
@@ -291,6 +292,20 @@ def test_best_single_is_the_source_that_learns(model):
     assert report["source"] == max(alone, key=alone.get)
     assert torch.equal(start, setting.pool[report["source"]])
     assert cost == Cost(forward=12 * 3, backward=3 * 48 * 3)
+
+
+def test_best_single_by_h_has_the_highest_h_of_all(model):
+    setting = _setting(model)
+    start, cost, report = BestSingleByH().start(setting, 5)
+    features = encode(setting.backbone, setting.pool.stack(), setting.train.images)
+    mean = features.double().mean(0).numpy()
+    intensity = LedoitWolf().fit(mean - mean.mean(0)).shrinkage_  # one for all, that of the uniform mixture
+    scores = [float(h_score(f, setting.train.labels, shrinkage=intensity)) for f in features]
+    # Float32 features, in batches of another size.
+    assert list(report["source_h_scores"].values()) == pytest.approx(scores, rel=1e-3)
+    assert report["source"] == setting.pool.names[scores.index(max(scores))]
+    assert torch.equal(start, setting.pool[report["source"]])
+    assert cost == Cost(forward=len(setting.train) * 3)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hgprompt.tuning.methods.controls import (
     RandomWeights,
     Uniform,
 )
-from hgprompt.tuning.methods.hgprompt import FittedHGPrompt, HGPrompt, RawHGPrompt
+from hgprompt.tuning.methods.hgprompt import BestSingleByH, FittedBestSingleByH, FittedHGPrompt, HGPrompt, RawHGPrompt
 from hgprompt.tuning.methods.linear import FittedLinear, Linear
 from hgprompt.tuning.methods.mlp import MLP
 from hgprompt.tuning.methods.panda import PANDA
@@ -33,8 +33,8 @@ METHODS: dict[str, Method] = {
 CONTROLS: dict[str, Method] = {
     m.name: m
     for m in (
-        RawHGPrompt(), Uniform(), RandomWeights(), BestSingle(), EqualCompute(), CrossEntropyWeights(),
-        FittedHGPrompt(), FittedUniform(), FittedVPT(), FittedLinear(),
+        RawHGPrompt(), Uniform(), RandomWeights(), BestSingle(), BestSingleByH(), EqualCompute(),
+        CrossEntropyWeights(), FittedHGPrompt(), FittedUniform(), FittedBestSingleByH(), FittedVPT(), FittedLinear(),
     )
 }  # fmt: skip
 """Eq. 12 with the paper's own λ; those without which no gain can be credited to α; heads that start in closed form."""
@@ -48,9 +48,11 @@ __all__ = [
     "VPT",
     "Adapter",
     "BestSingle",
+    "BestSingleByH",
     "Bias",
     "CrossEntropyWeights",
     "EqualCompute",
+    "FittedBestSingleByH",
     "FittedHGPrompt",
     "FittedLinear",
     "FittedUniform",

@@ -65,3 +65,28 @@ class FittedHGPrompt(HGPrompt):
 
     name = "HGPrompt, fitted head"
     head = "fitted"
+
+
+class BestSingleByH(StartMethod):
+    """The source with the highest H-score on the training images, alone: `EnsembleResult.best_single`."""
+
+    name = "best single by H"
+    uses_pool = True
+
+    def start(self, setting: Setting, seed: int) -> tuple[Tensor, Cost, dict[str, object]]:
+        pool = sources(setting)
+        result = fast_ensemble(
+            pool, setting.train.batches(_BATCH), backbone=setting.backbone, lam=0, gradient_images=0, seed=seed
+        )
+        report: dict[str, object] = {
+            "source": result.best_single,
+            "source_h_scores": named(pool, result.source_h_scores),
+        }
+        return pool[result.best_single], Cost(forward=len(setting.train) * len(pool)), report
+
+
+class FittedBestSingleByH(BestSingleByH):
+    """The same under a head in closed form."""
+
+    name = "best single by H, fitted head"
+    head = "fitted"
