@@ -335,8 +335,8 @@ def create_model(name: str, pretrained: bool, checkpoint: str | None, options: d
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # timm draws weights from the global generator
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
-        hint = "give checkpoint=<safetensors file>, or a model that you made yourself" if pretrained else "see above"
-        raise BackboneError(f"timm could not make {name!r}: {error}; {hint}") from error
+        hint = "; give its weights as a safetensors file (checkpoint=, or --weights)" if pretrained else ""
+        raise BackboneError(f"timm could not make {name!r}: {error}{hint}") from error
     if checkpoint is not None:
         _load_checkpoint(model, name, checkpoint)
     return model

@@ -7,6 +7,7 @@ the prompts become a Gram matrix; everything after the stream is small, exact li
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -69,6 +70,7 @@ def fast_ensemble(
     impl: Impl = "auto",
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: float = 300.0,
+    keep_problem: bool = False,
 ) -> EnsembleResult:
     """How much of each prompt to take for a new labelled task, in one pass over its images.
 
@@ -119,6 +121,8 @@ def fast_ensemble(
             must give the same batches. The file is gone when there is a result. Every rank keeps its own.
         checkpoint_every: seconds between two checkpoints, at least; more where they would take over 5 % of the time.
             At the end of the stream there is one in any case.
+        keep_problem: the result's `problem` answers more about the same pass (other λ, ablations, pools without a
+            prompt) without reading anything again; what the pass kept stays in memory as long.
 
     Returns:
         The weights, the mixed prompt, and why: see EnsembleResult.
@@ -270,6 +274,8 @@ def fast_ensemble(
                     sample_h_scores=(sample_h, sample_h_mixed), reached=rule.error if rule and stopped else None,
                     kept_bytes=gather.statistics.nbytes + sample.nbytes + gather.gradient_bytes,
                 )  # fmt: skip
+                if keep_problem:
+                    result = dataclasses.replace(result, problem=found.problem)
             parts: tuple[Any, ...] = (None,) if result is None else result.to_parts()
         ranks.stage = "handing out the result"
         if not ranks.alone:

@@ -179,6 +179,8 @@ class WeightProblem:
     def path(self, lams: Sequence[float]) -> list[Solution]:
         """Solutions along λ, in the order given. The largest λ is solved first, where the problem is closest to
         convex; each solution is one more start for the next."""
+        if not isinstance(lams, Sequence):
+            raise OptionError(f"lams must be a sequence of numbers, got {lams!r:.80}; solve takes a single λ")
         found: dict[float, Solution] = {}
         warm: list[Vector] = []
         for lam in sorted(set(lams), reverse=True):

@@ -196,6 +196,8 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def shortened(name: str, length: int = 24) -> str:
-    """A name as a label: cut, and never read as a formula, which dollar signs would make it."""
-    short = name if len(name) <= length else name[: length - 1] + "…"
+    """A name as a label: cut in the middle, for names often differ at their ends, and never read as a formula, which
+    dollar signs would make it."""
+    half = (length - 1) // 2
+    short = name if len(name) <= length else f"{name[: length - 1 - half]}…{name[-half:]}"
     return short.replace("$", r"\$")

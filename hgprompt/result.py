@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,14 @@ from torch import Tensor
 from hgprompt.errors import FileFormatError
 from hgprompt.pool import BackboneInfo, check_name
 
+if TYPE_CHECKING:
+    from hgprompt.optimize import WeightProblem
+
 _VERSION = 2
 _TENSORS = (
     "weights", "prompt", "source_h_scores", "source_h_score_std", "source_rank_std", "gradient_cosines", "weight_std",
 )  # fmt: skip
+_NOT_IN_THE_RECORD = (*_TENSORS, "problem")
 _DATA_FILE, _REPORT_FILE = "ensemble.safetensors", "report.json"
 
 
@@ -49,6 +53,8 @@ class EnsembleResult:
         kept_bytes: statistics, gradient images and gradients that the pass kept (over a process group: on its first
             rank, where statistics are those of all).
         classes: observed labels. lam, settings: how it was asked for. backbone: which backbone.
+        problem: with `keep_problem`, what else the pass can answer: other λ, paths, ablations, pools without a prompt;
+            None where it was not asked for, on other ranks than the first, and in what was loaded.
     """
 
     weights: Tensor
@@ -79,6 +85,7 @@ class EnsembleResult:
     lam: float
     settings: dict[str, Any]
     backbone: BackboneInfo
+    problem: WeightProblem | None = field(default=None, repr=False)
 
     def save(self, directory: str | Path) -> None:
         """Write `ensemble.safetensors` (all of it) and `report.json` (the numbers, to read) into a directory.
@@ -160,7 +167,7 @@ class EnsembleResult:
     @classmethod
     def from_parts(cls, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> EnsembleResult:
         """The inverse of `to_parts`; KeyError, TypeError or ValueError where something is missing or another type."""
-        fields = {f.name: record[f.name] for f in dataclasses.fields(cls) if f.name not in _TENSORS}
+        fields = {f.name: record[f.name] for f in dataclasses.fields(cls) if f.name not in _NOT_IN_THE_RECORD}
         fields |= {name: tensors[name] for name in _TENSORS}
         fields["names"], fields["classes"] = tuple(fields["names"]), tuple(fields["classes"])
         fields["backbone"] = BackboneInfo.from_dict(fields["backbone"])
@@ -195,7 +202,7 @@ class EnsembleResult:
         return "\n".join(lines)
 
     def _record(self) -> dict[str, Any]:
-        record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _TENSORS}
+        record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _NOT_IN_THE_RECORD}
         record["backbone"] = self.backbone.to_dict()
         plain: dict[str, Any] = jsonable({"format": "hgprompt-ensemble", "version": _VERSION, **record})
         return plain

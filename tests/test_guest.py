@@ -13,6 +13,7 @@ import torch
 from hgprompt import (
     BackboneError,
     DataError,
+    EnsembleResult,
     EnsembleStatistics,
     FileFormatError,
     FrozenViT,
@@ -24,6 +25,7 @@ from hgprompt import (
     load_backbone,
     select_prompts,
 )
+from hgprompt.data import ImageDataset, decode, render_task
 from hgprompt.files import write_bytes
 
 PROMPTS = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(1))
@@ -214,3 +216,32 @@ def test_files_of_another_kind_are_named(tmp_path):
         PromptPool.load(tmp_path / "ensemble.safetensors")
     with pytest.raises(FileFormatError, match=r"report.json is no safetensors file"):
         PromptPool.load(tmp_path / "report.json")
+
+
+def test_one_pass_answers_more_than_one_question(tmp_path):
+    options = {"backbone": literal.tiny_vit(), "folds": 2}
+    result = fast_ensemble(PROMPTS, _loader(), lam=0.3, keep_problem=True, **options)
+    assert torch.equal(result.problem.solve(0.3).weights, result.weights)
+    # Another pass with another λ: the same statistics, and gradients of the same sample.
+    other = fast_ensemble(PROMPTS, _loader(), lam=0.05, **options)
+    assert other.problem is None
+    torch.testing.assert_close(result.problem.path([0.05])[0].weights, other.weights, rtol=0, atol=1e-4)
+    assert [solution.weights[i] for i, solution in enumerate(result.problem.leave_one_out(0.3))] == [0, 0, 0]
+    with pytest.raises(OptionError, match="sequence of numbers"):
+        result.problem.path(0.3)
+    result.save(tmp_path)
+    assert EnsembleResult.load(tmp_path).problem is None
+
+
+def test_sizes_are_pairs_or_single_numbers():
+    one, pair = (render_task("azimuth", 2, image_size=size).images for size in (32, (32, 32)))
+    assert torch.equal(one, pair)
+    for size in ((32, 48), "32", 3.5):
+        with pytest.raises(OptionError, match="image_size"):
+            render_task("azimuth", 2, image_size=size)
+    for size in ((1, 2, 3), 0, None):
+        with pytest.raises(OptionError, match="image_size"):
+            ImageDataset([], size)
+    assert ImageDataset([], 32).image_size == (32, 32)
+    with pytest.raises(DataError, match="what load_task makes of a folder, got str"):
+        decode("stones", 32)

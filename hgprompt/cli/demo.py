@@ -65,6 +65,5 @@ def demo(
         show.print_json(record | {"files": files})
         return
     show.print_comparison(comparison, plan.target)
-    typer.echo(show.verdict(comparison))
     typer.echo(f"{seconds:.0f} seconds")
     show.print_files(files)

@@ -42,7 +42,11 @@ def ensemble(
         ),
     ] = None,
     paper: Annotated[
-        bool, typer.Option("--paper", help="Algorithm 1 to the letter (slower, and often saturated).")
+        bool,
+        typer.Option(
+            "--paper",
+            help="Algorithm 1 to the letter (slower, often saturated), without shrinkage whatever --shrinkage says.",
+        ),
     ] = False,
     batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1)] = 32,
     dtype: options.Dtype = "float32",

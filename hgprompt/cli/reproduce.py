@@ -74,9 +74,16 @@ def reproduce(
             help="At most this many test images of a task, classes in turn.", min=1, rich_help_panel=_PROTOCOL
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Prompt tokens.", min=1, max=10_000, rich_help_panel=_PROTOCOL)] = 50,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompt tokens; default: the pool's, or 50.", min=1, max=10_000, show_default=False,
+            rich_help_panel=_PROTOCOL,
+        ),
+    ] = None,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Tokens for every block (VPT-deep).", rich_help_panel=_PROTOCOL)
+        bool,
+        typer.Option("--deep", help="Tokens for every block (VPT-deep), as in a deep --pool.", rich_help_panel=_PROTOCOL),
     ] = False,
     epochs: options.Epochs = 100,
     source_epochs: Annotated[
@@ -116,13 +123,15 @@ def reproduce(
     wanted = EXPERIMENTS[experiment]
     if pool is not None and sources is not None:
         raise OptionError("--pool brings its source prompts: leave --sources out")
+    known = None if pool is None else PromptPool.load(pool)
+    if known is not None:
+        tokens, deep = tokens or known.num_tokens, deep or known.is_deep
     plan = Plan(
-        tokens=tokens, deep=deep, epochs=epochs, source_epochs=source_epochs, seeds=_numbers(seeds),
+        tokens=tokens or 50, deep=deep, epochs=epochs, source_epochs=source_epochs, seeds=_numbers(seeds),
         batch_size=batch_size, grid=grid, lam=lam, test_limit=test_limit,
     )  # fmt: skip
     wanted.check()
     share = Share.of_environment()
-    known = None if pool is None else PromptPool.load(pool)
     of_targets = _names(tasks) or wanted.targets or _USUAL
     of_sources = () if pool is not None else _names(sources) or wanted.sources or _USUAL
     suite = find_suite(data_root, [*of_targets, *of_sources])

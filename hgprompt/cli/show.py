@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,30 +73,52 @@ def print_ensemble(result: EnsembleResult, title: str) -> None:
     from rich.markup import escape
 
     console, table = _table(f"{title}: how much of each prompt")
+    aligned = result.n_gradient_images > 0
     table.add_column("prompt")
-    for column in ("weight", "± std", "H alone", "± std", "gradient · mixture"):
+    for column in ("weight", "± std", "H alone", "± std", *(["gradient · mixture"] if aligned else [])):
         table.add_column(column, justify="right")
-    table.add_column("")
+    table.add_column("", no_wrap=True, overflow="crop")
     along = result.gradient_cosines @ result.weights
     norm = float((result.weights @ result.gradient_cosines @ result.weights).clamp_min(0).sqrt())
     for i in result.weights.argsort(descending=True).tolist():
-        cosine = float(along[i]) / norm if norm > 0 else float("nan")
+        cosine = [float(along[i]) / norm if norm > 0 else float("nan")] if aligned else []
         h, h_std = result.source_h_scores[i], result.source_h_score_std[i]
-        row = (result.weights[i], result.weight_std[i], h, h_std, cosine)
+        row = [float(value) for value in (result.weights[i], result.weight_std[i], h, h_std)] + cosine
         bar = "█" * round(24 * float(result.weights[i]))
-        table.add_row(escape(result.names[i]), *(f"{float(value):.3f}" for value in row), bar)
+        table.add_row(escape(result.names[i]), *(f"{value:.3f}" for value in row), bar)
     console.print(table)
     console.print(
         f"H of the mixture {result.h_score:.3f} ± {result.h_score_std:.3f}, of the uniform mixture "
-        f"{result.uniform_h_score:.3f}, at most {result.n_classes - 1}; alignment loss {result.alignment_loss:.3f}; "
-        f"{'converged' if result.converged else 'NOT converged'} to a gap of {result.gap:.1e}"
+        f"{result.uniform_h_score:.3f}, at most {result.n_classes - 1}; "
+        + (f"alignment loss {result.alignment_loss:.3f}; " if aligned else "")
+        + f"{'converged' if result.converged else 'NOT converged'} to a gap of {result.gap:.1e}"
     )
-    console.print(
-        f"{result.n_images} images of {result.n_classes} classes"
-        f"{_how_it_stopped(result)}; gradients from {result.n_gradient_images} of them; "
-        f"on these, H of mixed features {result.sample_h_score:.3f}, of the mixed prompt "
-        f"{result.sample_h_score_mixed_prompt:.3f}"
-    )
+    said = f"{result.n_images} images of {result.n_classes} classes{_how_it_stopped(result)}"
+    if aligned:
+        said += f"; gradients from {result.n_gradient_images} of them"
+    if result.sample_h_score == result.sample_h_score:
+        said += (
+            f"; on these, H of mixed features {result.sample_h_score:.3f}, of the mixed prompt "
+            f"{result.sample_h_score_mixed_prompt:.3f}"
+        )
+    console.print(said)
+    for warning in _to_beware_of(result):
+        console.print(warning)
+
+
+def _to_beware_of(result: EnsembleResult) -> Iterator[str]:
+    """What the numbers do not say by themselves."""
+    if float(result.source_h_scores.min()) > 0.999 * (result.n_classes - 1):
+        yield (
+            "every prompt's H is at its most, so that H ranks nothing: these images are too few for an unshrunk "
+            "covariance (--shrinkage auto)"
+        )
+    if len(result.names) > 1 and float(result.weights.max()) > 1 - 1e-6 and float(result.weight_std.max()) < 0.01:
+        rank = float(result.source_rank_std[int(result.weights.argmax())])
+        yield (
+            "all weight is on one prompt, and its ± does not see another that might take its place with other images: "
+            f"among the H of each alone, its rank is known to ± {rank:.2f}"
+        )
 
 
 def selection_numbers(selection: Selection) -> dict[str, Any]:
@@ -113,7 +135,7 @@ def print_selection(selection: Selection, title: str, pool_size: int) -> None:
     console, table = _table(f"{title}: {len(selection.names)} of {pool_size} prompts")
     table.add_column("prompt")
     table.add_column("weight by H", justify="right")
-    table.add_column("")
+    table.add_column("", no_wrap=True, overflow="crop")
     for name, weight in zip(selection.names, selection.weights.tolist(), strict=True):
         table.add_row(escape(name), f"{weight:.3f}", "█" * round(24 * weight))
     console.print(table)
@@ -202,15 +224,17 @@ def print_comparison(comparison: Comparison, title: str) -> None:
         for i, name in enumerate(comparison.ensembles[0].names)
     ]
     console.print("HGPrompt took, on average: " + ", ".join(weights))
+    console.print(_verdict(comparison))
 
 
-def verdict(comparison: Comparison) -> str:
+def _verdict(comparison: Comparison) -> str:
     """One sentence of what came out, by the paired differences of the seeds."""
     last = comparison.curves[-1]
     ours, uniform, random = (last[:, comparison.starts.index(n)] for n in ("HGPrompt", "uniform", "random"))
     return (
-        f"The mixed start {_compared(ours - random)} a random one, and {_compared(ours - uniform)} the uniform mean of "
-        f"the pool ({_seeds(comparison)}, same images, order and head)."
+        f"The mixed start {_compared(ours - random, 'a random one')}, and "
+        f"{_compared(ours - uniform, 'the uniform mean of the pool')}, on the same images in the same order, with the "
+        f"same head ({_seeds(comparison)})."
     )
 
 
@@ -218,16 +242,14 @@ _T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 """Student's t at 97.5 % for 1, 2, … degrees of freedom: with few seeds, two standard errors are far from 95 %."""
 
 
-def _compared(differences: Any) -> str:
+def _compared(differences: Any, other: str) -> str:
     mean, count = 100 * float(differences.mean()), len(differences)
     if count == 1:
-        return f"ended {mean:+.1f} points beside"
+        return f"ended {mean:+.1f} points from {other}"
     quantile = _T_QUANTILES[min(count - 2, len(_T_QUANTILES) - 1)]
     half = quantile * 100 * float(differences.std()) / count**0.5
-    interval = f"95 % interval {mean - half:+.1f} … {mean + half:+.1f}"
-    if abs(mean) <= half:
-        return f"cannot be told from ({mean:+.1f} points, {interval})"
-    return f"ended {'above' if mean > 0 else 'below'} ({mean:+.1f} points, {interval})"
+    how = "is not told apart from" if abs(mean) <= half else f"ended {'above' if mean > 0 else 'below'}"
+    return f"{how} {other} ({mean:+.1f} points, 95 % interval {mean - half:+.1f} … {mean + half:+.1f})"
 
 
 def _spread(values: Any, sign: str = "") -> str:

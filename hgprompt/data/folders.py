@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from hgprompt.arguments import whole
 from hgprompt.data.bad_images import BadImages, BadOnes, ImageLoader, Skipped, check_policy, report_skipped
 from hgprompt.data.images import LabelledImages
 from hgprompt.data.listing import ImageTask, count_classes
@@ -43,7 +44,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     Args:
         samples: (file, label) pairs.
-        image_size: (height, width) to resize to.
+        image_size: (height, width) to resize to, or both in one number.
         interpolation: "bicubic", "bilinear", "nearest" or "lanczos".
         max_pixels: an image with more is refused before it is decoded.
         name, class_names: of the task. skipped: what was left out of it already.
@@ -58,7 +59,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     def __init__(
         self,
         samples: Sequence[tuple[Path, int]],
-        image_size: tuple[int, int],
+        image_size: int | tuple[int, int],
         *,
         interpolation: str = "bicubic",
         max_pixels: int = MAX_PIXELS,
@@ -69,7 +70,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         if interpolation not in INTERPOLATIONS:
             raise OptionError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
         self.samples = samples
-        self.image_size = image_size
+        self.image_size = as_pair(image_size)
         self.interpolation = interpolation
         self.max_pixels = max_pixels
         self.name = name
@@ -116,7 +117,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
 def make_loader(
     task: ImageTask,
-    image_size: tuple[int, int],
+    image_size: int | tuple[int, int],
     *,
     batch_size: int = 32,
     interpolation: str = "bicubic",
@@ -138,6 +139,7 @@ def make_loader(
             end of the pass reports them (`ImageLoader`).
     """
     check_policy(bad_images)
+    _check_task(task)
     samples = task.samples if limit is None else balanced(task.samples, limit, seed)
     generator = torch.Generator().manual_seed(seed)
     dataset = ImageDataset(samples, image_size, interpolation=interpolation)
@@ -152,7 +154,7 @@ def make_loader(
 
 def open_images(
     task: ImageTask,
-    image_size: tuple[int, int],
+    image_size: int | tuple[int, int],
     *,
     interpolation: str = "bicubic",
     limit: int | None = None,
@@ -174,16 +176,33 @@ def open_images(
         DataError: an image cannot be read, or more of them than may be skipped.
     """
     check_policy(bad_images)
+    _check_task(task)
     samples = task.samples if limit is None else balanced(task.samples, limit, seed)
     names = task.class_names or tuple(f"class {i}" for i in range(task.num_classes))
     dataset = ImageDataset(samples, image_size, interpolation=interpolation, name=task.name, class_names=names)
-    height, width = image_size
+    height, width = dataset.image_size
     if len(samples) * 3 * height * width <= max_bytes:
         return _decoded(dataset, report, bad_images)
     return dataset.readable(report) if bad_images == "skip" else dataset
 
 
-def decode(task: ImageTask, image_size: tuple[int, int], **options: Any) -> LabelledImages:
+def _check_task(task: ImageTask) -> None:
+    if not isinstance(task, ImageTask):
+        raise DataError(f"task must be what load_task makes of a folder, got {type(task).__name__}")
+
+
+def as_pair(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width), which may be given as one number; OptionError."""
+    pair = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    if len(pair) != 2:
+        raise OptionError(f"image_size must be (height, width) or one number, got {image_size!r:.80}")
+    height, width = (whole("image_size", pixels) for pixels in pair)
+    if min(height, width) < 1:
+        raise OptionError(f"image_size must be at least 1, got {image_size!r:.80}")
+    return height, width
+
+
+def decode(task: ImageTask, image_size: int | tuple[int, int], **options: Any) -> LabelledImages:
     """The images of a task, decoded into memory; arguments as for `open_images`.
 
     Raises:
@@ -192,7 +211,7 @@ def decode(task: ImageTask, image_size: tuple[int, int], **options: Any) -> Labe
     images = open_images(task, image_size, **options)
     if isinstance(images, LabelledImages):
         return images
-    height, width = image_size
+    height, width = images.image_size
     size = len(images) * 3 * height * width / 2**30
     raise DataError(
         f"{task.name}: {len(images)} images of {width}×{height} take {size:.1f} GiB "

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from hgprompt.data.folders import MAX_CACHE_BYTES
+from hgprompt.data.folders import MAX_CACHE_BYTES, as_pair
 from hgprompt.data.images import LabelledImages
 from hgprompt.data.raycast import Camera, Solid, render, upright
 from hgprompt.errors import OptionError
@@ -42,7 +42,7 @@ def render_task(
     name: str,
     count: int,
     *,
-    image_size: int = 64,
+    image_size: int | tuple[int, int] = 64,
     seed: int = 0,
     split: str = "train",
     report: Callable[[int, int], None] | None = None,
@@ -52,8 +52,8 @@ def render_task(
     Args:
         name: one of PROCEDURAL_TASKS.
         count: images; each class comes once in every run of C of them.
-        image_size: height and width in pixels, 16 … 1024.
-        seed, split: images of another seed or split are others, drawn independently.
+        image_size: height and width in pixels, 16 … 1024; a pair of equal numbers will do.
+        seed, split: images of another seed, or of another word for split, are others, drawn independently.
         report: report(done, count) while images are drawn.
 
     Returns:
@@ -66,8 +66,9 @@ def render_task(
         raise OptionError(f"no procedural task is named {name!r}; there are {', '.join(PROCEDURAL_TASKS)}")
     if count < 1:
         raise OptionError(f"count must be at least 1, got {count}")
-    if not 16 <= image_size <= _MAX_SIZE:
-        raise OptionError(f"image_size must be 16 to {_MAX_SIZE}, got {image_size}")
+    height, image_size = as_pair(image_size)
+    if not 16 <= image_size <= _MAX_SIZE or height != image_size:
+        raise OptionError(f"image_size must be 16 to {_MAX_SIZE}, and a square; got {image_size}")
     if 3 * count * image_size**2 > MAX_CACHE_BYTES:
         limit = MAX_CACHE_BYTES >> 30
         raise OptionError(f"{count} images of {image_size} pixels take more than {limit} GiB: ask for fewer")
