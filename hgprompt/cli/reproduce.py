@@ -83,7 +83,7 @@ def reproduce(
     ] = None,
     deep: Annotated[
         bool,
-        typer.Option("--deep", help="Tokens for every block (VPT-deep), as in a deep --pool.", rich_help_panel=_PROTOCOL),
+        typer.Option("--deep", help="Tokens for every block, as VPT-deep or the pool.", rich_help_panel=_PROTOCOL),
     ] = False,
     epochs: options.Epochs = 100,
     source_epochs: Annotated[

@@ -203,6 +203,18 @@ def test_a_pool_brings_the_sources_of_fig5(reproduce, out, tmp_path):
     assert "embedding.owls" in json.loads(reproduce("fig5", "--tasks", "owls", *plan))["to_do"]
 
 
+def test_a_pool_says_how_many_tokens(root, tmp_path, monkeypatch, capsys):
+    _, pool = _given(["ants", "bees"])
+    pool.save(tmp_path / "pool.safetensors")
+    command = ["hgprompt", "reproduce", "fig3", "--data-root", root, "--tasks", "owls", "--out", tmp_path / "out"]
+    command += ["--pool", tmp_path / "pool.safetensors", "--device", "cpu", "--dry-run", "--json"]
+    monkeypatch.setattr("sys.argv", [str(a) for a in command])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    assert json.loads(capsys.readouterr().out)["to_do"] == ["cosines.owls"]
+
+
 def test_tasks_of_like_names_have_cells_of_their_own():
     assert method_key(COMPARED["Linear"], "red fox") != method_key(COMPARED["Linear"], "red-fox")
 
