@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from hgprompt.optimize import WeightProblem
 
 _VERSION = 2
-_TENSORS = (
-    "weights", "prompt", "source_h_scores", "source_h_score_std", "source_rank_std", "gradient_cosines", "weight_std",
-)  # fmt: skip
+_BY_PROMPT = ("weights", "weight_std", "source_h_scores", "source_h_score_std", "source_rank_std")
+_TENSORS = (*_BY_PROMPT, "prompt", "gradient_cosines")
 _NOT_IN_THE_RECORD = (*_TENSORS, "problem")
 _DATA_FILE, _REPORT_FILE = "ensemble.safetensors", "report.json"
 
@@ -101,14 +100,14 @@ class EnsembleResult:
         tensors, record = self.to_parts()
         write_safetensors(directory / _DATA_FILE, tensors, record)
         report = {
-            "weights": dict(zip(self.names, self.weights.tolist(), strict=True)),
-            "weight_std": dict(zip(self.names, self.weight_std.tolist(), strict=True)),
-            "source_h_scores": dict(zip(self.names, self.source_h_scores.tolist(), strict=True)),
-            "source_h_score_std": dict(zip(self.names, self.source_h_score_std.tolist(), strict=True)),
-            "source_rank_std": dict(zip(self.names, self.source_rank_std.tolist(), strict=True)),
+            **self.by_prompt(),
             **{k: v for k, v in record.items() if k not in ("format", "version", "names")},
         }
         write_text(directory / _REPORT_FILE, json.dumps(jsonable(report), indent=2, allow_nan=False) + "\n")
+
+    def by_prompt(self) -> dict[str, dict[str, float]]:
+        """What there is a number of for each prompt: {"weights": {name: α_i}, …}."""
+        return {key: dict(zip(self.names, getattr(self, key).tolist(), strict=True)) for key in _BY_PROMPT}
 
     @property
     def best_single(self) -> str:
@@ -142,10 +141,7 @@ class EnsembleResult:
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path} is incomplete or not understood: {error!s:.400}") from error
         m = len(result.names)
-        for name, shape in {
-            "weights": (m,), "weight_std": (m,), "source_h_scores": (m,), "source_h_score_std": (m,),
-            "source_rank_std": (m,), "gradient_cosines": (m, m),
-        }.items():  # fmt: skip
+        for name, shape in {**dict.fromkeys(_BY_PROMPT, (m,)), "gradient_cosines": (m, m)}.items():
             if tuple(tensors[name].shape) != shape:
                 raise FileFormatError(f"{path}: {name} is {list(tensors[name].shape)}, expected {list(shape)}")
         weights, prompt = result.weights, result.prompt

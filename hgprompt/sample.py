@@ -8,7 +8,7 @@ their own smallest hold, together, those of the whole.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,26 +33,23 @@ class ImageSample:
         self.folds = folds
         self.seed = seed
         self.shard = shard
-        self._images: list[Tensor] = []
-        self._features: list[Tensor] = []
-        self._labels: list[int] = []
-        self._positions: list[int] = []
+        self._kept: list[_Kept] = []
         self._largest: list[tuple[int, int]] = []  # heap of (-number, place)
         self._limit: int | None = None
         self._seen = 0
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._kept)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the images and features kept."""
-        return sum(t.numel() * t.element_size() for t in (*self._images, *self._features))
+        return sum(t.numel() * t.element_size() for kept in self._kept for t in (kept.image, kept.features))
 
     @property
     def features(self) -> list[Tensor]:
         """Features [M, h] of each image kept, place by place: what cannot be drawn from the stream again."""
-        return self._features
+        return [kept.features for kept in self._kept]
 
     def update(self, images: Tensor, labels: Tensor, features: Tensor | None) -> None:
         """Offer a batch: images [B, ...], labels [B], features [M, B, h]. What is kept is copied, on its device.
@@ -66,7 +63,7 @@ class ImageSample:
             place = self._place(number)
             if place is not None:
                 of_image = _none() if features is None else features[:, i].clone()
-                self._put(place, images[i].clone(), label, of_image, position)
+                self._kept[place : place + 1] = [_Kept(images[i].clone(), of_image, label, position)]
         self._seen += len(labels)
 
     def share(self, ranks: Ranks) -> None:
@@ -84,51 +81,52 @@ class ImageSample:
         """Put back the `features` of a sample that has been offered the same stream."""
         if len(features) != len(self):
             raise StatisticsError(f"features of {len(features)} images for a sample of {len(self)}")
-        self._features = list(features)
+        self._kept = [kept._replace(features=own) for kept, own in zip(self._kept, features, strict=True)]
 
     def fold(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Images [n, ...], labels [n] and features [M, n, h] of fold k, in the order of the stream."""
-        folds = folds_of(np.array(self._positions, dtype=np.int64), self.folds)
-        return self._select([i for i in self._in_order() if folds[i] == k])
+        kept = self._in_order()
+        folds = folds_of(np.array([one.position for one in kept], dtype=np.int64), self.folds)
+        return _stacked([one for one, fold in zip(kept, folds, strict=True) if fold == k])
 
     def all(self) -> tuple[Tensor, Tensor, Tensor]:
         """All images [n, ...], labels [n] and features [M, n, h], in the order of the stream."""
-        return self._select(self._in_order())
+        return _stacked(self._in_order())
 
     def _place(self, number: int) -> int | None:
+        """Where an image that drew this number is kept, if it is."""
         if self.capacity is None:
-            return len(self._images)
-        if len(self._images) < self.capacity:
-            heapq.heappush(self._largest, (-number, len(self._images)))
-            return len(self._images)
+            return len(self._kept)
+        if len(self._kept) < self.capacity:
+            heapq.heappush(self._largest, (-number, len(self._kept)))
+            return len(self._kept)
         if not self._largest or number >= -self._largest[0][0]:
             return None
         place = self._largest[0][1]
         heapq.heapreplace(self._largest, (-number, place))
         return place
 
-    def _put(self, place: int, image: Tensor, label: int, features: Tensor, position: int) -> None:
-        if place == len(self._images):
-            self._images.append(image)
-            self._features.append(features)
-            self._labels.append(label)
-            self._positions.append(position)
-        else:
-            self._images[place], self._features[place] = image, features
-            self._labels[place], self._positions[place] = label, position
-
-    def _in_order(self) -> list[int]:
-        shown: Sequence[int] = range(len(self._positions))
+    def _in_order(self) -> list[_Kept]:
+        shown = self._kept
         if self._limit is not None:
-            shown = [place for negative, place in self._largest if -negative <= self._limit]
-        return sorted(shown, key=self._positions.__getitem__)
+            shown = [self._kept[place] for negative, place in self._largest if -negative <= self._limit]
+        return sorted(shown, key=lambda kept: kept.position)
 
-    def _select(self, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        labels = torch.tensor([self._labels[i] for i in chosen], dtype=torch.int64, device="cpu")
-        if not chosen:
-            return _none(), labels, _none()
-        features = torch.stack([self._features[i] for i in chosen], dim=1)
-        return torch.stack([self._images[i] for i in chosen]), labels, features
+
+class _Kept(NamedTuple):
+    """An image [3, H, W], its features [M, h], its label, and its place in the whole stream."""
+
+    image: Tensor
+    features: Tensor
+    label: int
+    position: int
+
+
+def _stacked(kept: list[_Kept]) -> tuple[Tensor, Tensor, Tensor]:
+    labels = torch.tensor([one.label for one in kept], dtype=torch.int64, device="cpu")
+    if not kept:
+        return _none(), labels, _none()
+    return torch.stack([one.image for one in kept]), labels, torch.stack([one.features for one in kept], dim=1)
 
 
 def folds_of(positions: np.ndarray, folds: int) -> np.ndarray:

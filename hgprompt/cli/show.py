@@ -39,14 +39,8 @@ def ensemble_numbers(result: EnsembleResult) -> dict[str, Any]:
         "n_gradient_images", "sample_h_score", "sample_h_score_mixed_prompt", "shrinkage_intensity", "lam",
         "h_score_std", "weight_error", "stop_reason",
     )  # fmt: skip
-    return {
-        "weights": dict(zip(result.names, result.weights.tolist(), strict=True)),
-        "weight_std": dict(zip(result.names, result.weight_std.tolist(), strict=True)),
-        "source_h_scores": dict(zip(result.names, result.source_h_scores.tolist(), strict=True)),
-        "source_h_score_std": dict(zip(result.names, result.source_h_score_std.tolist(), strict=True)),
-        "source_rank_std": dict(zip(result.names, result.source_rank_std.tolist(), strict=True)),
-        "gradient_cosines": result.gradient_cosines.tolist(),
-    } | {key: getattr(result, key) for key in keys}
+    numbers = {key: getattr(result, key) for key in keys}
+    return {**result.by_prompt(), "gradient_cosines": result.gradient_cosines.tolist(), **numbers}
 
 
 def skipped_images(*images: LabelledImages | ImageDataset | None) -> dict[str, Any]:
