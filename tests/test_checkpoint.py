@@ -14,84 +14,23 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import literal
+import passes
 import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from passes import BATCH, FILE, C, N
 
 import hgprompt.checkpoint
 import hgprompt.ensemble
 import hgprompt.one_pass
 from hgprompt.backbone import FrozenViT
 from hgprompt.checkpoint import SHARE, PassCheckpoint, _some_pixels
-from hgprompt.ensemble import fast_ensemble
-from hgprompt.errors import DataError, FileFormatError, HGPromptError, HGPromptWarning, OptionError, OutputError
-from hgprompt.files import _temporary, read_safetensors, write_safetensors
+from hgprompt.errors import DataError, HGPromptWarning, OptionError, OutputError
+from hgprompt.files import _temporary, read_safetensors
 from hgprompt.sample import ImageSample
 from hgprompt.statistics import EnsembleStatistics
 from hgprompt.stopping import StopRule
-
-N, BATCH, C, M, FILE = 90, 6, 3, 3, "pass.safetensors"
-QUICK = {"folds": 3, "starts": 1, "max_steps": 5}
-
-
-def _data(seed=0):
-    g = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, C, (N,), generator=g)
-    return torch.randn(N, 3, 16, 16, generator=g) + torch.randn(C, 3, 1, 1, generator=g)[labels], labels
-
-
-def _prompts(seed=5):
-    return torch.randn(M, 2, 16, generator=torch.Generator().manual_seed(seed))
-
-
-def _batches(size=BATCH, images=None, labels=None):
-    images, labels = _data() if images is None else (images, labels)
-    return [(images[i : i + size], labels[i : i + size]) for i in range(0, N, size)]
-
-
-def _head(seed=0):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return torch.nn.Linear(16, C)
-
-
-VIT = FrozenViT.from_timm(literal.tiny_vit())
-
-
-def _run(loader, folder=None, **options):
-    options = {"backbone": VIT, "checkpoint_every": 0.0} | QUICK | options
-    return fast_ensemble(options.pop("prompts", _prompts()), loader, checkpoint_dir=folder, **options)
-
-
-class _Until:
-    """A loader that fails after so many batches; with a length, as the whole one has."""
-
-    def __init__(self, batch, error=None, batches=None):
-        self.batches, self.batch = batches or _batches(), batch
-        self.error = error or ValueError("the disk is gone")
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        yield from self.batches[: self.batch]
-        raise self.error
-
-
-def _interrupt(folder, batch=4, **options):
-    with pytest.raises(DataError, match="the disk is gone"):
-        _run(_Until(batch), folder, **options)
-
-
-def _assert_same_bits(result, expected):
-    for name in ("weights", "prompt", "weight_std", "gradient_cosines", "source_h_scores"):
-        torch.testing.assert_close(getattr(result, name), getattr(expected, name), rtol=0, atol=0, equal_nan=True)
-    for name in ("h_score", "alignment_loss", "objective", "n_images", "n_gradient_images", "sample_h_score"):
-        assert float(getattr(result, name)).hex() == float(getattr(expected, name)).hex(), name  # NaN is NaN
-
 
 OPTIONS = {
     "features": {"keep": "features"},
@@ -100,7 +39,7 @@ OPTIONS = {
     "a small sample": {"gradient_images": 10},
     "all images": {"gradient_images": None},
     "no gradients": {"gradient_images": 0, "lam": 0.0},
-    "own head": {"head": _head()},
+    "own head": {"head": passes.head()},
     "own function": {"head": lambda features: features[:, :C]},
     "tolerance": {"tolerance": 1e-9, "seed": 3},
     "uint8": {},
@@ -109,41 +48,41 @@ OPTIONS = {
 
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_a_resumed_pass_has_the_bits_of_the_undisturbed_one(kind, tmp_path):
-    options, batches = OPTIONS[kind], _batches()
+    options, batches = OPTIONS[kind], passes.batches()
     if kind == "uint8":
         batches = [((50 * x).clamp(0, 255).byte(), y) for x, y in batches]
     sized = kind != "features, then moments"  # with a length, the smaller one is taken from the start
-    expected = _run(batches if sized else iter(batches), **options)
+    expected = passes.run(batches if sized else iter(batches), **options)
     for number in (1, 5, 9):
-        loader = _Until(number, batches=batches)
+        loader = passes.Until(number, own=batches)
         with pytest.raises(DataError, match="call again with the same data"):
-            _run(loader if sized else iter(loader), tmp_path, **options)
+            passes.run(loader if sized else iter(loader), tmp_path, **options)
         assert os.listdir(tmp_path) == [FILE]
-    _assert_same_bits(_run(batches if sized else iter(batches), tmp_path, **options), expected)
+    passes.assert_same_bits(passes.run(batches if sized else iter(batches), tmp_path, **options), expected)
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["features", "moments", "own head"])
 def test_empty_batches_are_passed_over(kind, tmp_path):
     """As a collate function makes them that drops bad images, all of a batch's."""
-    batches = _batches()
+    batches = passes.batches()
     empty = (batches[0][0][:0], batches[0][1][:0])
     holes = [empty, batches[0], empty, *batches[1:], empty]
-    expected = _run(batches, **OPTIONS[kind])
+    expected = passes.run(batches, **OPTIONS[kind])
     with pytest.raises(DataError, match="call again with the same data"):
-        _run(_Until(5, batches=holes), tmp_path, **OPTIONS[kind])
-    _assert_same_bits(_run(holes, tmp_path, **OPTIONS[kind]), expected)
+        passes.run(passes.Until(5, own=holes), tmp_path, **OPTIONS[kind])
+    passes.assert_same_bits(passes.run(holes, tmp_path, **OPTIONS[kind]), expected)
 
 
 def test_looks_that_know_nothing_can_be_gone_on_from(tmp_path, monkeypatch):
     """With one image of a class, the fold that holds it leaves no weights behind."""
     monkeypatch.setattr("hgprompt.stopping.FIRST", 12)
-    images, labels = _data()
+    images, labels = passes.data()
     labels = (torch.arange(len(labels)) == 3).long()
-    batches, options = _batches(images=images, labels=labels), {"tolerance": 1e-9, "folds": 2}
+    batches, options = passes.batches(images=images, labels=labels), {"tolerance": 1e-9, "folds": 2}
     with pytest.raises(DataError, match="call again with the same data"):
-        _run(_Until(5, batches=batches), tmp_path, **options)
-    _assert_same_bits(_run(batches, tmp_path, **options), _run(batches, **options))
+        passes.run(passes.Until(5, own=batches), tmp_path, **options)
+    passes.assert_same_bits(passes.run(batches, tmp_path, **options), passes.run(batches, **options))
 
 
 def test_looks_after_a_resume_are_those_of_the_undisturbed_pass(tmp_path, monkeypatch):
@@ -158,11 +97,11 @@ def test_looks_after_a_resume_are_those_of_the_undisturbed_pass(tmp_path, monkey
 
     monkeypatch.setattr(StopRule, "look", noted)
     options = {"tolerance": 1e-9, "seed": 3, "lam": 100.0}
-    expected = _run(_batches(), **options)
+    expected = passes.run(passes.batches(), **options)
     undisturbed, looks[:] = list(looks), []
-    _interrupt(tmp_path, 6, **options)
+    passes.interrupt(tmp_path, 6, **options)
     assert 2 <= len(looks) <= len(undisturbed) - 2
-    _assert_same_bits(_run(_batches(), tmp_path, **options), expected)
+    passes.assert_same_bits(passes.run(passes.batches(), tmp_path, **options), expected)
     assert looks == undisturbed
 
 
@@ -176,7 +115,7 @@ def test_the_representation_changes_where_it_is_said_to(monkeypatch):
         seen.append(self.keeps)
 
     monkeypatch.setattr(EnsembleStatistics, "update", watched)
-    _run(iter(_batches()), **OPTIONS["features, then moments"])
+    passes.run(iter(passes.batches()), **OPTIONS["features, then moments"])
     assert seen[8] == "features"
     assert seen[-1] == "moments"
 
@@ -204,15 +143,15 @@ def test_what_is_done_is_not_computed_again(tmp_path, monkeypatch):
         hgprompt.one_pass, "encode", lambda vit, prompts, images, **o: calls.append(images.shape[0])
         or encode(vit, prompts, images, **o),
     )  # fmt: skip
-    _interrupt(tmp_path, 7)
+    passes.interrupt(tmp_path, 7)
     calls.clear()
-    _run(_batches(), tmp_path)
+    passes.run(passes.batches(), tmp_path)
     assert calls[:-1] == [BATCH] * (N // BATCH - 7)  # and one call more, for the mixed prompt at the end
 
 
 @pytest.mark.parametrize("where", ["loader", "network"])
 def test_ctrl_c_keeps_what_is_done(where, tmp_path, monkeypatch):
-    loader = _Until(5, KeyboardInterrupt()) if where == "loader" else _batches()
+    loader = passes.Until(5, KeyboardInterrupt()) if where == "loader" else passes.batches()
     if where == "network":
         encode, left = hgprompt.one_pass.encode, iter([False] * 5 + [True])
 
@@ -223,10 +162,10 @@ def test_ctrl_c_keeps_what_is_done(where, tmp_path, monkeypatch):
 
         monkeypatch.setattr(hgprompt.one_pass, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        _run(loader, tmp_path, checkpoint_every=1e6)
+        passes.run(loader, tmp_path, checkpoint_every=1e6)
     monkeypatch.undo()
     assert len(read_safetensors(tmp_path / FILE)[0]["batches"]) == 5
-    _assert_same_bits(_run(_batches(), tmp_path), _run(_batches()))
+    passes.assert_same_bits(passes.run(passes.batches(), tmp_path), passes.run(passes.batches()))
 
 
 def test_a_batch_that_is_half_done_is_not_kept(tmp_path, monkeypatch):
@@ -241,10 +180,10 @@ def test_a_batch_that_is_half_done_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(ImageSample, "update", interrupted)
     monkeypatch.setattr(hgprompt.checkpoint, "SHARE", 1e9)  # after every batch
     with pytest.raises(KeyboardInterrupt):
-        _run(_batches(), tmp_path)
+        passes.run(passes.batches(), tmp_path)
     monkeypatch.undo()
     assert len(read_safetensors(tmp_path / FILE)[0]["batches"]) == 5
-    _assert_same_bits(_run(_batches(), tmp_path), _run(_batches()))
+    passes.assert_same_bits(passes.run(passes.batches(), tmp_path), passes.run(passes.batches()))
 
 
 def test_features_that_are_found_late_not_to_be_finite_replace_no_checkpoint(tmp_path, monkeypatch):
@@ -254,7 +193,7 @@ def test_features_that_are_found_late_not_to_be_finite_replace_no_checkpoint(tmp
         self._pending.append((Mock(), features.flatten(1).isfinite().all(1), position))
         self._finish(2)
 
-    _interrupt(tmp_path, 3)
+    passes.interrupt(tmp_path, 3)
     before = (tmp_path / FILE).read_bytes()
     monkeypatch.setattr("hgprompt.batch_checks.FiniteCheck.check", late)
     encode, calls = hgprompt.one_pass.encode, itertools.cycle(range(3))
@@ -264,9 +203,9 @@ def test_features_that_are_found_late_not_to_be_finite_replace_no_checkpoint(tmp
 
     monkeypatch.setattr(hgprompt.one_pass, "encode", broken)
     with pytest.raises(DataError, match="the disk is gone"):  # before anyone has asked whether they are finite
-        _run(_Until(6), tmp_path, checkpoint_every=1e6)
+        passes.run(passes.Until(6), tmp_path, checkpoint_every=1e6)
     with pytest.raises(DataError, match=f"batch after image {5 * BATCH}"):
-        _run(_batches(), tmp_path, checkpoint_every=1e6)
+        passes.run(passes.batches(), tmp_path, checkpoint_every=1e6)
     assert (tmp_path / FILE).read_bytes() == before
 
 
@@ -276,10 +215,10 @@ def test_a_failure_in_the_solve_does_not_cost_the_pass(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hgprompt.ensemble, "WeightProblem", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
-        _run(_batches(), tmp_path, checkpoint_every=1e6)
+        passes.run(passes.batches(), tmp_path, checkpoint_every=1e6)
     monkeypatch.undo()
     # What only the solve needs may be another then.
-    _assert_same_bits(_run(_batches(), tmp_path, lam=0.3), _run(_batches(), lam=0.3))
+    passes.assert_same_bits(passes.run(passes.batches(), tmp_path, lam=0.3), passes.run(passes.batches(), lam=0.3))
 
 
 @pytest.mark.parametrize("at", ["gradients", "look"])
@@ -287,7 +226,7 @@ def test_ctrl_c_between_batches_leaves_a_file_to_go_on_from(at, tmp_path, monkey
     """In the last gradients that of the whole stream; in a look at the weights, the last one written before it."""
     options = {"tolerance": 1e-9, "lam": 100.0} if at == "look" else {}
     monkeypatch.setattr("hgprompt.stopping.FIRST", 30)
-    expected = _run(_batches(), **options)
+    expected = passes.run(passes.batches(), **options)
     if at == "look":
         monkeypatch.setattr(hgprompt.checkpoint, "SHARE", 1e9)  # after every batch
 
@@ -297,15 +236,15 @@ def test_ctrl_c_between_batches_leaves_a_file_to_go_on_from(at, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(hgprompt.one_pass, "pull_back", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            _run(_batches(), tmp_path, checkpoint_every=0.0 if at == "look" else 1e6, **options)
+            passes.run(passes.batches(), tmp_path, checkpoint_every=0.0 if at == "look" else 1e6, **options)
     # The first look is due with the fifth batch, whose checkpoint would follow it.
     assert len(read_safetensors(tmp_path / FILE)[0]["batches"]) == (4 if at == "look" else N // BATCH)
-    _assert_same_bits(_run(_batches(), tmp_path, **options), expected)
+    passes.assert_same_bits(passes.run(passes.batches(), tmp_path, **options), expected)
 
 
 OTHER_PASSES = {
-    "prompts": {"prompts": _prompts(6)},
-    "prompts ": {"prompts": dict(zip("xyz", _prompts(), strict=True))},
+    "prompts": {"prompts": passes.prompts(6)},
+    "prompts ": {"prompts": dict(zip("xyz", passes.prompts(), strict=True))},
     "backbone": {"backbone": literal.tiny_vit(seed=1)},
     'dtype, "float32" and not "float64"': {"dtype": torch.float64},
     "folds, 3 and not 4": {"folds": 4},
@@ -313,7 +252,7 @@ OTHER_PASSES = {
     "gradient_images, 256 and not 20": {"gradient_images": 20},
     "seed, 0 and not 1": {"seed": 1},
     'head, "shared-lda" and not "lda"': {"head": "lda"},
-    "head": {"head": _head()},
+    "head": {"head": passes.head()},
     "tolerance, null and not 0.5": {"tolerance": 0.5},
     "micro_batch, null and not 2": {"micro_batch": 2},
     "normalisation": {"backbone": FrozenViT.from_timm(literal.tiny_vit()).set_preprocessing(mean=(0.1, 0.2, 0.3))},
@@ -321,70 +260,70 @@ OTHER_PASSES = {
 
 
 def test_another_pass_is_refused_by_name(tmp_path):
-    _interrupt(tmp_path)
+    passes.interrupt(tmp_path)
     before = (tmp_path / FILE).read_bytes()
     for difference, options in OTHER_PASSES.items():
         with pytest.raises(OptionError, match="another pass") as caught:
-            _run(_batches(), tmp_path, **options)
+            passes.run(passes.batches(), tmp_path, **options)
         assert difference.strip() in str(caught.value)
     assert (tmp_path / FILE).read_bytes() == before
 
 
 def test_another_head_of_the_same_kind_is_refused(tmp_path):
-    _interrupt(tmp_path, head=_head(0))
+    passes.interrupt(tmp_path, head=passes.head(0))
     with pytest.raises(OptionError, match="head"):
-        _run(_batches(), tmp_path, head=_head(1))
+        passes.run(passes.batches(), tmp_path, head=passes.head(1))
 
 
 def test_other_data_or_another_order_is_refused(tmp_path):
     with pytest.raises(DataError):
-        _run(iter(_Until(6)), tmp_path)  # of no length: it has to be seen in the stream
+        passes.run(iter(passes.Until(6)), tmp_path)  # of no length: it has to be seen in the stream
     before = (tmp_path / FILE).read_bytes()
-    images, labels = _data()
+    (images, labels), whole = passes.data(), passes.batches()
     order = torch.arange(N)
     other = next(i for i in range(19, 24) if labels[i] != labels[18])  # both in batch 3
     order[18], order[other] = other, 18
     relabelled = labels.clone()
     relabelled[33] = (relabelled[33] + 1) % C
     cases = {
-        "batch 3 .* its labels are others": _batches(images=images[order], labels=labels[order]),
-        "batch 5 .* its labels are others": _batches(images=images, labels=relabelled),
-        "batch 2 .* its pixels are others": [*_batches()[:2], (_batches()[2][0].flip(3), _batches()[2][1])],
-        "batch 0 .* its pixels are others": _batches(images=images.double(), labels=labels),
-        "batch 0 .* 5 images and not 6: the batch size is another": _batches(5),
-        "ended after 4 batches.* written after 6": _batches()[:4],
+        "batch 3 .* its labels are others": passes.batches(images=images[order], labels=labels[order]),
+        "batch 5 .* its labels are others": passes.batches(images=images, labels=relabelled),
+        "batch 2 .* its pixels are others": [*whole[:2], (whole[2][0].flip(3), whole[2][1])],
+        "batch 0 .* its pixels are others": passes.batches(images=images.double(), labels=labels),
+        "batch 0 .* 5 images and not 6: the batch size is another": passes.batches(5),
+        "ended after 4 batches.* written after 6": whole[:4],
     }
     for message, loader in cases.items():
         with pytest.raises(DataError, match=message):
-            _run(iter(loader), tmp_path)
+            passes.run(iter(loader), tmp_path)
     with pytest.raises(DataError, match=r"the disk is gone.*is as it was"):
-        _run(iter(_Until(3)), tmp_path)
+        passes.run(iter(passes.Until(3)), tmp_path)
     with pytest.raises(OptionError, match="batches of the loader, null and not 18"):
-        _run(_batches(5), tmp_path)
+        passes.run(passes.batches(5), tmp_path)
     assert (tmp_path / FILE).read_bytes() == before
 
 
 def test_another_number_of_ranks_is_refused(tmp_path):
     PassCheckpoint(tmp_path, {}, rank=1, num_ranks=2)
-    _interrupt(tmp_path)
+    passes.interrupt(tmp_path)
     for rank in range(2):
         with pytest.raises(OptionError, match=r"pass.safetensors, .* another number of ranks than 2"):
             PassCheckpoint(tmp_path, {}, rank=rank, num_ranks=2)
     (tmp_path / FILE).rename(tmp_path / "pass-rank-0001-of-0002.safetensors")
     with pytest.raises(OptionError, match="another number of ranks than 1"):
-        _run(_batches(), tmp_path)
+        passes.run(passes.batches(), tmp_path)
 
 
 def _go_on(rank, folder):
     """Of a pass that each rank of two broke off elsewhere, and of the undisturbed one: the results, by folds."""
-    own, found = _batches()[rank::2], {}
+    own, found = passes.batches()[rank::2], {}
     for folds in (3, 8):
         options = {"process_group": dist.group.WORLD, "keep": "moments", "folds": folds}
         kept = f"{folder}/kept-{folds}"
-        expected = _run(own, **options)
+        expected = passes.run(own, **options)
         with contextlib.suppress(DataError):  # before anything is reduced, so that no rank waits for another
-            _run(_Until(2 + 3 * rank, batches=own), kept, **options)
-        result = _run(own, kept, **options)
+            passes.run(passes.Until(2 + 3 * rank, own=own), kept, **options)
+        result = passes.run(own, kept, **options)
         left = [name for name in os.listdir(kept) if f"-{rank:04d}-of-" in name]
         found[folds] = result, expected, left
     return found
@@ -395,151 +334,35 @@ def test_every_rank_goes_on_from_where_it_was(tmp_path):
     3 folds in another order, of 8 to every other one."""
     for found in ranks.run(_go_on, 2, tmp_path, tmp_path):
         for result, expected, left in found.values():
-            _assert_same_bits(result, expected)
+            passes.assert_same_bits(result, expected)
             assert left == []
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """A folder with a checkpoint of a pass, its bytes, and its identity."""
-    folder = tmp_path_factory.mktemp("written")
-    _interrupt(folder, keep="moments", head=_head())
-    identity = read_safetensors(folder / FILE)[1]["identity"]
-    return folder, (folder / FILE).read_bytes(), identity
-
-
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_any_other_byte_is_refused(written, data):
-    folder, content, identity = written
-    kind = data.draw(st.sampled_from(["change", "truncate", "append", "replace"]))
-    at = data.draw(st.integers(0, len(content) - 1))
-    if kind == "change":
-        hostile = bytearray(content)
-        hostile[at] ^= data.draw(st.integers(1, 255))
-    elif kind == "truncate":
-        hostile = content[:at]
-    elif kind == "append":
-        hostile = content + data.draw(st.binary(min_size=1, max_size=100))
-    else:
-        hostile = data.draw(st.binary(max_size=200))
-    (folder / FILE).write_bytes(bytes(hostile))
-    try:
-        with pytest.raises(HGPromptError):
-            PassCheckpoint(folder, identity)
-    finally:
-        (folder / FILE).write_bytes(content)
-    PassCheckpoint(folder, identity)
-
-
-FORGERIES = {
-    "no batches": lambda t, m: t.pop("batches"),
-    "no batch": lambda t, m: t.update(batches=t["batches"][:0]),
-    "a negative batch": lambda t, m: t["batches"][0].neg_(),
-    "flat batches": lambda t, m: t.update(batches=t["batches"].flatten()),
-    "no rows": lambda t, m: t.pop("moments.0.rows.0"),
-    "rows of another shape": lambda t, m: t.update({"moments.1.rows.1": t["moments.1.rows.1"][:-1]}),
-    "NaN": lambda t, m: t["moments.1.sums"].fill_(torch.nan),
-    "half the digits": lambda t, m: t.update({"moments.1.sums": t["moments.1.sums"].float()}),
-    "other classes": lambda t, m: t["moments.0.classes"].add_(1),
-    "a class twice": lambda t, m: t["moments.0.classes"].fill_(0),
-    "gradients of other prompts": lambda t, m: t.update(gradients=t["gradients"][:, :2]),
-    "infinite gradients": lambda t, m: t["gradients"].fill_(torch.inf),
-    "gradients of too many images": lambda t, m: m.update(num_gradient_images=10**9),
-    "gradients of -1 images": lambda t, m: m.update(num_gradient_images=-1),
-    "gradients of no number": lambda t, m: m.update(num_gradient_images=[1]),
-    "gradients of nothing": lambda t, m: t.pop("gradients"),
-    "something more": lambda t, m: t.update(more=torch.zeros(3)),
-    "features as well": lambda t, m: t.update({"features": torch.zeros(3), "features.sizes": torch.tensor([1])}),
-    "another version": lambda t, m: m.update(version=99),
-    "another format": lambda t, m: m.update(format="hgprompt-pool"),
-    "no identity": lambda t, m: m.update(identity=[1, 2]),
-}
-
-
-@pytest.mark.parametrize("forgery", FORGERIES)
-def test_forged_content_is_refused(forgery, written, tmp_path):
-    """With a checksum that is right: the checks behind it."""
-    tensors, metadata = read_safetensors(written[0] / FILE, checksum=True)
-    FORGERIES[forgery](tensors, metadata)
-    write_safetensors(tmp_path / FILE, {k: v.contiguous() for k, v in tensors.items()}, metadata, checksum=True)
-    with pytest.raises((FileFormatError, OptionError, DataError)) as caught:
-        _run(_batches(), tmp_path, keep="moments", head=_head())
-    assert FILE in str(caught.value)
-
-
-@pytest.mark.parametrize("change", [{"format": "hgprompt-pool"}, {"version": 99}, {"identity": {"seed": 1}}, {}])
-def test_of_another_pass_only_the_header_is_read(change, written, tmp_path):
-    """The file's body lacks its checksum, which is looked at before any tensor is: only its own pass gets so far."""
-    metadata = {"format": "hgprompt-pass", "version": 2, "identity": written[2]} | change
-    entries = {"features": {"dtype": "U8", "shape": [100], "data_offsets": [0, 100]}}
-    header = json.dumps(entries | {"__metadata__": {"hgprompt": json.dumps(metadata)}}).encode()
-    (tmp_path / FILE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(100))
-    with pytest.raises(HGPromptError, match="another pass|no checkpoint of" if change else "checksum"):
-        PassCheckpoint(tmp_path, written[2])
-
-
-def _forged_sizes(sizes):
-    return lambda t: t.update({"features.sizes": sizes})
-
-
-@pytest.mark.parametrize(
-    "forge",
-    [
-        _forged_sizes(torch.tensor([24])[:0]),
-        _forged_sizes(torch.tensor([-6, 30])),
-        _forged_sizes(torch.tensor([2**62, 2**62, 2**62, 2**62, 24])),
-        _forged_sizes(torch.tensor(24)),
-        _forged_sizes(torch.tensor([24.0])),
-        lambda t: t.pop("features.sizes"),
-        lambda t: t.update(features=t["features"].double()),
-        lambda t: t.update(features=t["features"][:-1]),
-        lambda t: t.pop("sample"),
-        lambda t: t.update(sample=t["sample"][:-1]),
-        lambda t: t.pop("looks.bounds"),
-        lambda t: t["looks.bounds"].fill_(torch.nan),
-        lambda t: t["looks.images"].fill_(10**6),
-        lambda t: t.update({"looks.weights": t["looks.weights"][:, :2]}),
-        lambda t: t.update({"looks.images": torch.tensor(3)}),
-    ],
-)
-def test_forged_features_and_looks_are_refused(forge, tmp_path, monkeypatch):
-    monkeypatch.setattr("hgprompt.stopping.FIRST", 6)
-    options = {"tolerance": 1e-9, "keep": "features"}
-    _interrupt(tmp_path, **options)
-    tensors, metadata = read_safetensors(tmp_path / FILE, checksum=True)
-    assert len(tensors["looks.images"]) > 0
-    forge(tensors)
-    write_safetensors(tmp_path / FILE, {k: v.contiguous() for k, v in tensors.items()}, metadata, checksum=True)
-    with pytest.raises(FileFormatError, match="no whole checkpoint"):
-        _run(_batches(), tmp_path, **options)
-
-
 def test_a_full_disk_costs_a_checkpoint_and_not_the_pass(tmp_path):
-    _interrupt(tmp_path, 3)
+    passes.interrupt(tmp_path, 3)
     before = (tmp_path / FILE).read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
     try:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            _interrupt(tmp_path, 7)
+            passes.interrupt(tmp_path, 7)
             assert (tmp_path / FILE).read_bytes() == before
             assert os.listdir(tmp_path) == [FILE]
-            result = _run(_batches(), tmp_path)
+            result = passes.run(passes.batches(), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     messages = [str(w.message) for w in warned if w.category is HGPromptWarning]
     assert [m.startswith("no checkpoint could be written, the pass goes on") for m in messages] == [True] * 2  # a pass
-    _assert_same_bits(result, _run(_batches()))
+    passes.assert_same_bits(result, passes.run(passes.batches()))
 
 
 def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
-        _run(iter(()), tmp_path / "file")
+        passes.run(iter(()), tmp_path / "file")
     with pytest.raises(OptionError, match="checkpoint_every"):
-        _run(iter(()), tmp_path / "folder", checkpoint_every=-1.0)
+        passes.run(iter(()), tmp_path / "folder", checkpoint_every=-1.0)
 
 
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
@@ -552,7 +375,7 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
 class _Anything:
     """The least that a checkpoint asks of a pass."""
 
-    vit, prompts, statistics, sample, rule = VIT, _prompts(), EnsembleStatistics(), None, None
+    vit, prompts, statistics, sample, rule = passes.VIT, passes.prompts(), EnsembleStatistics(), None, None
     gradients, num_gradient_images = None, 0
 
 
@@ -568,7 +391,7 @@ def _simulated(folder, monkeypatch, *, every, cost, assumed, batches):
     monkeypatch.setattr(hgprompt.checkpoint, "write_safetensors", write)
     monkeypatch.setattr(hgprompt.checkpoint, "size_of", lambda _: 1 + int(200e6 * assumed))
     checkpoint = PassCheckpoint(folder, {}, every=every, clock=lambda: now[0])
-    images, labels = _batches()[0]
+    images, labels = passes.batches()[0]
     for _ in range(batches):
         now[0] += 1.0
         checkpoint.note(images, labels)
