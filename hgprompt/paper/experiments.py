@@ -43,7 +43,7 @@ class Experiment:
         targets: the paper's target tasks; None: its 13, and your own. sources: tasks whose prompts it needs; None: the
             paper's 13 and your own.
         methods: that it compares unless asked otherwise; empty: it has no choice.
-        cells: what has to be done. write: the files of what is done; records may be incomplete.
+        cells: what has to be done. write: the files, from the records of all of them.
     """
 
     name: str
@@ -74,10 +74,9 @@ def _method_cells(lab: Lab, methods: Sequence[str], targets: Sequence[str]) -> l
 
 
 def _of(lab: Lab, method: str, request: Request, records: Records) -> dict[str, Mapping[str, Any]]:
-    """{task: record} of a method's finished cells."""
+    """{task: record} of a method's cells."""
     names = [lab.task(task).name for task in request.targets]
-    found = {name: records.get(method_key(method_of(method, lab.plan.lam), name)) for name in names}
-    return {name: record for name, record in found.items() if record is not None}
+    return {name: records[method_key(method_of(method, lab.plan.lam), name)] for name in names}
 
 
 def _accuracies(found: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -149,11 +148,9 @@ def _write_accuracies(
     remarks = [*remarks, *_at_the_edge(lab, request, records), *_diverged(lab, request, records)]
     files = _write_text(lab, name, table.markdown(), table.csv(), [below, *remarks])
     rows = {n: [None if e is None else (e.mean, e.std or 0.0) for e in entries] for n, entries in table.rows.items()}
-    if any(e is not None for entries in rows.values() for e in entries):
-        draw = plot_dots if len(rows) <= _FEW else plot_scores
-        draw(table.columns, rows, EXPERIMENTS[name].title, lab.out / f"{name}.png")
-        files.append(lab.out / f"{name}.png")
-    return files
+    draw = plot_dots if len(rows) <= _FEW else plot_scores
+    draw(table.columns, rows, EXPERIMENTS[name].title, lab.out / f"{name}.png")
+    return [*files, lab.out / f"{name}.png"]
 
 
 def _digits(p: Any) -> str:
@@ -196,16 +193,12 @@ def _write_fig3(lab: Lab, request: Request, records: Records) -> list[Path]:
     names = lab.sources()
     stack, rows = [], []
     for task in request.targets:
-        record = records.get(cosines_cell(lab, task).key)
-        if record is None:
-            continue
+        record = records[cosines_cell(lab, task).key]
         matrix = np.full((len(names), len(names)), np.nan)
         at = [names.index(n) for n in record["names"]]
         matrix[np.ix_(at, at)] = np.array(record["cosines"], dtype=float)
         stack.append(matrix)
         rows += [[task, names[i], names[j], matrix[i, j]] for i in at for j in at if i < j]
-    if not stack:
-        return []
     counts = np.isfinite(stack).sum(0)
     mean = np.where(counts > 0, np.nansum(stack, axis=0) / np.maximum(counts, 1), np.nan)
     used = [i for i in range(len(names)) if counts[i, i]]
@@ -238,10 +231,9 @@ def _write_fig4(lab: Lab, request: Request, records: Records) -> list[Path]:
     for method in request.methods:
         matrix = np.full((len(request.targets), len(sources)), np.nan)
         for t, task in enumerate(request.targets):
-            record = records.get(weights_cell(lab, method, task).key)
-            if record is not None:
-                matrix[t] = [record["weights"][s] for s in sources]
-                rows += [[method, task, s, w] for s, w in record["weights"].items()]
+            record = records[weights_cell(lab, method, task).key]
+            matrix[t] = [record["weights"][s] for s in sources]
+            rows += [[method, task, s, w] for s, w in record["weights"].items()]
         matrices[method] = matrix
     targets, names = [_title(lab, t) for t in request.targets], [_title(lab, s) for s in sources]
     plot_weights(matrices, targets, names, lab.out / "fig4.png")
@@ -277,9 +269,7 @@ def _write_fig5(lab: Lab, request: Request, records: Records) -> list[Path]:
 
     files, lines, rows = [], [], []
     for task in request.targets:
-        record = records.get(f"embedding.{lab.task(task).name}")
-        if record is None:
-            continue
+        record = records[f"embedding.{lab.task(task).name}"]
         class_names = lab.task(task).splits["test"].class_names or ()
         labels = np.array(record["labels"])
         panels, notes = {}, {}
@@ -327,10 +317,8 @@ def _write_fig6(lab: Lab, request: Request, records: Records) -> list[Path]:
     for lam in LAMBDAS:
         for task, accuracies in _accuracies(_of(lab, _at(lam), request, records)).items():
             curves.setdefault(_title(lab, task), {})[lam] = accuracies
-    if curves:
-        plot_lambda(curves, lab.out / "fig6.png")
-        files.append(lab.out / "fig6.png")
-    return files
+    plot_lambda(curves, lab.out / "fig6.png")
+    return [*files, lab.out / "fig6.png"]
 
 
 EXPERIMENTS = {
