@@ -20,7 +20,7 @@ SMALL = DemoPlan(
 
 @pytest.fixture(scope="module")
 def vit():
-    return load_backbone("mini", device="cpu")
+    return load_backbone("mini", device="cpu", img_size=32)  # a quarter of the tokens
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,8 @@ def test_goes_on_where_it_was_interrupted(vit, whole, tmp_path):
 def test_command(tmp_path, monkeypatch, capsys):
     from hgprompt import cli
 
-    monkeypatch.setitem(PLANS, "quick", SMALL)
+    plan = dataclasses.replace(SMALL, images=24, epochs=1)  # its images are of 64 pixels
+    monkeypatch.setitem(PLANS, "quick", plan)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["hgprompt", "demo", "--quick", "--quiet", "--device", "cpu", "--out", "here"])
     with pytest.raises(SystemExit) as left:
@@ -74,10 +75,10 @@ def test_command(tmp_path, monkeypatch, capsys):
     for word in ("random", "best single by H", "uniform", "HGPrompt", "demo.png", "2 seeds"):
         assert word in out
     record = json.loads((tmp_path / "here" / "demo.json").read_text())
-    assert record["plan"] == json.loads(json.dumps(dataclasses.asdict(SMALL)))
+    assert record["plan"] == json.loads(json.dumps(dataclasses.asdict(plan)))
     assert len(record["accuracy"][0]) == 2
     assert (tmp_path / "here" / "demo.png").stat().st_size > 10_000
-    assert EnsembleResult.load(tmp_path / "here" / "ensemble").n_images == 32
+    assert EnsembleResult.load(tmp_path / "here" / "ensemble").n_images == 24
 
 
 def test_a_pool_of_another_origin_is_not_overwritten(vit, tmp_path):

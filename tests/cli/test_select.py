@@ -10,7 +10,7 @@ import torch
 from hgprompt import PromptPool, load_backbone, select_prompts
 from hgprompt.data import render_task
 
-COMMAND = ("select", "pool.safetensors", "procedural:sprite-x-location", "--device", "cpu")
+COMMAND = ("select", "pool.safetensors", "procedural:sprite-x-location", "--device", "cpu", "--image-size", "32")
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def test_writes_the_pool_of_the_prompts_selected(place, here):
     assert record["share"] < 1
     assert record["rounds"][0] == [0, 8]
     # The same as from Python: one order of the images, drawn with the seed.
-    vit = load_backbone("mini", device="cpu")
-    images = render_task("sprite-x-location", 64, image_size=64)
+    vit = load_backbone("mini", device="cpu", img_size=32)
+    images = render_task("sprite-x-location", 64, image_size=32)
     images = images.subset(torch.randperm(64, generator=torch.Generator().manual_seed(0)))
     expected = select_prompts(PromptPool.load(place / "pool.safetensors"), images.batches(16), size=2, backbone=vit)
     assert tuple(pool) == expected.names

@@ -19,7 +19,9 @@ from hgprompt import EnsembleResult, PromptPool, fast_ensemble, load_backbone
 from hgprompt.data import render_task
 from hgprompt.tuning import TuneConfig, TuneResult, random_prompt, tune
 
-FAST = ("--epochs", "2", "--batch-size", "8", "--dtype", "float32", "--device", "cpu", "--quiet")
+FAST = (
+    "--epochs", "2", "--batch-size", "8", "--dtype", "float32", "--device", "cpu", "--image-size", "32", "--quiet",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
