@@ -225,6 +225,8 @@ def given_loss(head: Head, num_prompts: int) -> Callable[[Tensor, Tensor, slice]
             except torch.OutOfMemoryError:  # the encoder goes on with fewer images
                 raise
             except RuntimeError as error:
+                if not isinstance(one, nn.Module):  # a function's errors are its author's
+                    raise
                 raise DataError(f"the head failed on features {kind_of(x)}: {error}") from error
             if not is_floating(logits, 2) or len(logits) != len(labels) or largest >= logits.shape[1]:
                 raise DataError(

@@ -194,9 +194,16 @@ def test_a_dataset_is_no_loader():
 
 
 def test_heads_that_do_not_fit_the_features():
+    """A module's error is put in words; what a function raises is left as it is."""
     for head in (torch.nn.Linear(15, 3), torch.nn.Linear(16, 3).double()):
         with pytest.raises(DataError, match=r"the head failed on features \[\d, 16\] torch.float32"):
             fast_ensemble(PROMPTS, _loader(), backbone=literal.tiny_vit(), head=head)
+
+    def off(features):
+        raise RuntimeError("the head is off")
+
+    with pytest.raises(RuntimeError, match=r"^the head is off$"):
+        fast_ensemble(PROMPTS, _loader(), backbone=literal.tiny_vit(), head=off)
 
 
 def test_a_pool_of_a_network_of_ones_own_asks_for_it():
