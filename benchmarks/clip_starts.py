@@ -9,8 +9,7 @@ cross-entropy on held-out images: by that the start could be chosen. One file fo
 same command goes on with the next that is not there. It is for one thread: with another number of threads mixtures
 differ in their last bits, and a tuning that was begun is refused.
 
---untuned is of the fitted heads before any tuning alone, and of the starts that need no gradients: some forward passes,
-a twelfth of the work.
+--untuned is of the fitted heads before any tuning alone, and of the starts that need no gradients: forward passes only.
 """
 
 from __future__ import annotations

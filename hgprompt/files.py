@@ -108,8 +108,7 @@ def differences(then: Any, now: Any) -> str:
             for one, other in zip(old, new, strict=True):
                 compare(name, one, other)
         else:
-            plain = all(value is None or isinstance(value, (str, int, float)) for value in (old, new))
-            known = f"{name}, {json.dumps(old)} and not {json.dumps(new)}" if plain else name
+            known = f"{name}, {json.dumps(old)} and not {json.dumps(new)}"
             words[known if len(known) < 100 else name] = None
 
     compare("all", then, now)

@@ -63,7 +63,8 @@ def reproduce(
     grid: Annotated[
         Literal["full", "rates", "quick"],
         typer.Option(
-            help="What competes on the validation images: VPT's 10 rates × 4 weight decays, those 10, or 4 of them.",
+            help="What competes on the validation images: VPT's 10 rates × 4 weight decays; for short budgets those "
+            "10, or 4 of them. Methods that train the network have rates of their own, larger ones for short budgets.",
             rich_help_panel=_PROTOCOL,
         ),
     ] = "full",

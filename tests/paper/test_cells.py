@@ -148,7 +148,9 @@ def test_an_error_keeps_what_is_finished(tmp_path):
 def test_a_cell_of_another_identity_is_refused_before_any_work(tmp_path):
     run_cells(Store(tmp_path), cells(tmp_path)[:2])
     other = Cell("cell 1", {"i": 1, "of": [99]}, cells(tmp_path)[1].run)
-    with pytest.raises(OptionError, match=r"made otherwise \(it differs in of\): give another --out,"):
+    with pytest.raises(
+        OptionError, match=r"made otherwise \(it differs in of, \[12\] and not \[99\]\): give another --out,"
+    ):
         run_cells(Store(tmp_path), [cells(tmp_path)[5], other])
     assert (tmp_path / "log").read_text().split() == ["0", "1"]
 
