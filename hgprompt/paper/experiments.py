@@ -158,15 +158,19 @@ def _digits(p: Any) -> str:
 
 
 def _at_the_edge(lab: Lab, request: Request, records: Records) -> list[str]:
-    """A sentence for methods that might have done better with rates beyond the grid's largest."""
-    counts: dict[str, list[bool]] = {}
-    for method in request.methods:
-        for record in _of(lab, method, request, records).values():
-            largest = max(point["lr"] for point in record["grid"])
-            counts.setdefault(method, []).append(record["chosen"]["lr"] == largest)
-    often = [f"{name} ({sum(at)} of {len(at)})" for name, at in counts.items() if 2 * sum(at) > len(at)]
-    said = "Chose the grid's largest rate on most tasks, so that larger ones may do better: "
-    return [f"{said}{', '.join(often)}."] if often else []
+    """A sentence for methods that might have done better with rates beyond the grid's largest or smallest."""
+    remarks = []
+    for edge, of, others in (("largest", max, "larger"), ("smallest", min, "smaller")):
+        often = []
+        for method in request.methods:
+            of_tasks = _of(lab, method, request, records).values()
+            at = sum(record["chosen"]["lr"] == of(point["lr"] for point in record["grid"]) for record in of_tasks)
+            if 2 * at > len(of_tasks):
+                often.append(f"{method} ({at} of {len(of_tasks)})")
+        if often:
+            said = f"Chose the grid's {edge} rate on most tasks, so that {others} ones may do better"
+            remarks.append(f"{said}: {', '.join(often)}.")
+    return remarks
 
 
 def _diverged(lab: Lab, request: Request, records: Records) -> list[str]:

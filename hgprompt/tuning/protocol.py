@@ -60,12 +60,12 @@ GRIDS: dict[str, dict[str, Grid]] = {
     "rates": {
         "prompt": Grid(_PROMPT_RATES, (0.0001,)),
         "linear": Grid(_PROMPT_RATES, (0.0001,)),
-        "fine-tune": Grid((0.08, 0.04, 0.02, 0.01, *_FINE_TUNE_RATES), (0.0001,)),
+        "fine-tune": Grid((0.32, 0.16, 0.08, 0.04, 0.02, 0.01, *_FINE_TUNE_RATES), (0.0001,)),
     },
     "quick": {
         "prompt": Grid((25.0, 10.0, 2.5, 0.5), (0.0001,)),
         "linear": Grid((25.0, 10.0, 2.5, 0.5), (0.0001,)),
-        "fine-tune": Grid((0.08, 0.02, 0.005, 0.001), (0.0001,)),
+        "fine-tune": Grid((0.32, 0.08, 0.02, 0.005, 0.001), (0.0001,)),
     },
 }
 """By name and kind of method: "full" is VPT's; "rates" has its rates and one weight decay; "quick" has four. The last

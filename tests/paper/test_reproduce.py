@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import re
 
 import numpy as np
 import pytest
@@ -91,8 +92,10 @@ def test_table1_and_what_the_experiments_share(reproduce, out):
     assert cell["chosen"]["lr"] == min(rates)
     for method in ("VPT", "uniform"):
         records = [json.loads((out / "cells" / f"{method}.{t}.json").read_text())["record"] for t in ("ants", "bees")]
-        at_edge = sum(r["chosen"]["lr"] == max(point["lr"] for point in r["grid"]) for r in records)
-        assert (f"{method} ({at_edge} of 2)" in text) == (at_edge == 2)
+        for edge, of in (("largest", max), ("smallest", min)):
+            at = sum(r["chosen"]["lr"] == of(point["lr"] for point in r["grid"]) for r in records)
+            said_so = re.search(rf"Chose the grid's {edge} rate[^.]*{method} \(2 of 2\)", text)
+            assert (said_so is not None) == (at == 2)
 
     before = {p.name: p.stat().st_mtime_ns for p in (out / "cells").glob("*.json")}
     assert reproduce("table1", "--tasks", "ants,bees", "--methods", "VPT,uniform") == said
