@@ -148,6 +148,18 @@ def test_a_death_that_is_noticed_within_the_network_is_named_as_well(tmp_path, m
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
+def test_so_is_one_while_prompts_are_selected(monkeypatch):
+    def signalled(*_, **__):
+        raise RuntimeError("DataLoader worker (pid 123) is killed by signal: Killed. ")
+
+    monkeypatch.setattr("hgprompt.selection.encode", signalled)
+    with pytest.raises(DataError, match=r"a worker process has died .*fewer workers") as caught:
+        select_prompts(
+            torch.randn(4, 2, 16), DataLoader(Images(), BATCH), size=2, backbone=FrozenViT.from_timm(literal.tiny_vit())
+        )
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
 def test_a_connection_that_is_lost_is_a_worker_or_the_loaders_own():
     """A worker may die while a tensor of its is on the way; without workers the loader means another connection."""
 

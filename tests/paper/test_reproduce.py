@@ -152,11 +152,14 @@ def test_fig3_leaves_out_a_targets_own_prompt_and_fig4_does_not(reproduce, out):
 
 @pytest.mark.skipif(not HAS_TSNE, reason="t-SNE is scikit-learn's")
 def test_fig5(reproduce, out):
+    reproduce("fig3", "--tasks", "ants", "--sources", "bees,owls")
     assert "nearest neighbours" in reproduce("fig5", "--tasks", "owls", "--sources", "ants,bees,cats")
     rows = list(csv.DictReader((out / "fig5.csv").open()))
     assert len(rows) == 4 * 6  # three sources and the mixture, six test images
     assert {row["class"] for row in rows} == {"class 0", "class 1", "class 2"}
     assert _is_picture(out / "fig5.png")
+    # The folder's pool keeps the other experiment's prompt, which this one had no use for.
+    assert set(PromptPool.load(out / "pool.safetensors").names) == {"ants", "bees", "cats", "owls"}
 
 
 def test_fig5_says_at_once_what_it_lacks(reproduce, monkeypatch):
