@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hgprompt.kernels.compiler import cdiv, jit, launch_options, next_power_of_2, on_device, precision_of, tl
+from hgprompt.kernels.operators import Operator
 
 # Keys up to which a CPU writes the scores to memory in bfloat16: they still fit its caches.
 _MATERIALIZE_UP_TO = 1024
@@ -393,23 +394,17 @@ _SEGMENTS = "Tensor q1, Tensor k1, Tensor v1, Tensor? q2, Tensor? k2, Tensor? v2
 _PACKED = "Tensor qkv, Tensor? k2, Tensor? v2, float scale"
 
 
-@torch.library.custom_op("hgprompt::segment_attention", mutates_args=(), schema=f"({_SEGMENTS}) -> (Tensor, Tensor)")
-def _segment_op(q1, k1, v1, q2, k2, v2, scale):
+def _segment_launch(q1, k1, v1, q2, k2, v2, scale):
     return _launch_forward(_Problem((q1, k1, v1), (q2, k2, v2)), scale)
 
 
-@_segment_op.register_fake
-def _(q1, k1, v1, q2, k2, v2, scale):
+def _segment_fake(q1, k1, v1, q2, k2, v2, scale):
     m, b, t, heads, width = q1.shape
     t = t + (0 if q2 is None else q2.shape[2])
     return q1.new_empty(m, b, t, heads * width), q1.new_empty(m, b, heads, t, dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "hgprompt::segment_attention_backward", mutates_args=(),
-    schema=f"(Tensor dout, Tensor out, Tensor lse, {_SEGMENTS}, bool[] needed) -> Tensor[]",
-)  # fmt: skip
-def _segment_backward_op(dout, out, lse, q1, k1, v1, q2, k2, v2, scale, needed):
+def _segment_launch_backward(dout, out, lse, q1, k1, v1, q2, k2, v2, scale, needed):
     grads = _segment_gradients(q1, k1, v1, q2, k2, v2, needed)
     dq1, dk1, dv1, dq2, dk2, dv2 = (g if g.numel() else None for g in grads)
     _launch_backward(_Problem((q1, k1, v1), (q2, k2, v2)), scale, out, lse, dout, (dq1, dq2), (dk1, dk2), (dv1, dv2))
@@ -429,8 +424,7 @@ def _segment_gradients(q1, k1, v1, q2, k2, v2, needed):
     ]
 
 
-@_segment_backward_op.register_fake
-def _(dout, out, lse, q1, k1, v1, q2, k2, v2, scale, needed):
+def _segment_fake_backward(dout, out, lse, q1, k1, v1, q2, k2, v2, scale, needed):
     return _segment_gradients(q1, k1, v1, q2, k2, v2, needed)
 
 
@@ -448,29 +442,30 @@ def _segment_backward(ctx, dout, _):
     q1, k1, v1, q2, k2, v2, out, lse = ctx.saved_tensors
     n = ctx.needs_input_grad
     needed = [n[0], n[1] or n[2], n[3], n[4] or n[5]]
-    grads = torch.ops.hgprompt.segment_attention_backward(dout, out, lse, q1, k1, v1, q2, k2, v2, ctx.scale, needed)
+    grads = _segment_backward_op(dout, out, lse, q1, k1, v1, q2, k2, v2, ctx.scale, needed)
     return *(g if n[i] else None for i, g in enumerate(grads)), None
 
 
-torch.library.register_autograd("hgprompt::segment_attention", _segment_backward, setup_context=_segment_setup)
+_segment_op = Operator(
+    "segment_attention", f"({_SEGMENTS}) -> (Tensor, Tensor)", _segment_launch, _segment_fake,
+    backward=_segment_backward, setup=_segment_setup,
+)  # fmt: skip
+_segment_backward_op = Operator(
+    "segment_attention_backward", f"(Tensor dout, Tensor out, Tensor lse, {_SEGMENTS}, bool[] needed) -> Tensor[]",
+    _segment_launch_backward, _segment_fake_backward,
+)  # fmt: skip
 
 
-@torch.library.custom_op("hgprompt::packed_attention", mutates_args=(), schema=f"({_PACKED}) -> (Tensor, Tensor)")
-def _packed_op(qkv, k2, v2, scale):
+def _packed_launch(qkv, k2, v2, scale):
     return _launch_forward(_Problem(qkv.unbind(3), (None, k2, v2)), scale)
 
 
-@_packed_op.register_fake
-def _(qkv, k2, v2, scale):
+def _packed_fake(qkv, k2, v2, scale):
     m, b, t, _, heads, width = qkv.shape
     return qkv.new_empty(m, b, t, heads * width), qkv.new_empty(m, b, heads, t, dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "hgprompt::packed_attention_backward", mutates_args=(),
-    schema=f"(Tensor dout, Tensor out, Tensor lse, {_PACKED}) -> (Tensor, Tensor, Tensor)",
-)  # fmt: skip
-def _packed_backward_op(dout, out, lse, qkv, k2, v2, scale):
+def _packed_launch_backward(dout, out, lse, qkv, k2, v2, scale):
     dqkv, dk2, dv2 = _packed_gradients(qkv, k2, v2)
     dq, dk, dv = dqkv.unbind(3)
     second = (dk2, dv2) if dk2.numel() else (None, None)
@@ -484,8 +479,7 @@ def _packed_gradients(qkv, k2, v2):
     return qkv.new_empty(qkv.shape), *(qkv.new_empty(0 if y is None else y.shape) for y in (k2, v2))
 
 
-@_packed_backward_op.register_fake
-def _(dout, out, lse, qkv, k2, v2, scale):
+def _packed_fake_backward(dout, out, lse, qkv, k2, v2, scale):
     return _packed_gradients(qkv, k2, v2)
 
 
@@ -501,11 +495,18 @@ def _packed_backward(ctx, dout, _):
     if dout is None:
         return (None,) * 4
     qkv, k2, v2, out, lse = ctx.saved_tensors
-    dqkv, dk2, dv2 = torch.ops.hgprompt.packed_attention_backward(dout, out, lse, qkv, k2, v2, ctx.scale)
+    dqkv, dk2, dv2 = _packed_backward_op(dout, out, lse, qkv, k2, v2, ctx.scale)
     return dqkv, None if k2 is None else dk2, None if v2 is None else dv2, None
 
 
-torch.library.register_autograd("hgprompt::packed_attention", _packed_backward, setup_context=_packed_setup)
+_packed_op = Operator(
+    "packed_attention", f"({_PACKED}) -> (Tensor, Tensor)", _packed_launch, _packed_fake,
+    backward=_packed_backward, setup=_packed_setup,
+)  # fmt: skip
+_packed_backward_op = Operator(
+    "packed_attention_backward", f"(Tensor dout, Tensor out, Tensor lse, {_PACKED}) -> (Tensor, Tensor, Tensor)",
+    _packed_launch_backward, _packed_fake_backward,
+)  # fmt: skip
 
 
 def segment_attention(
@@ -524,12 +525,12 @@ def segment_attention(
         [M, B, T1 + T2, H·D], heads side by side. Differentiable once in every tensor; only what is needed is computed,
         without atomics, so the same input gives the same bits.
     """
-    out: Tensor = torch.ops.hgprompt.segment_attention(q1, k1, v1, q2, k2, v2, scale)[0]
+    out: Tensor = _segment_op(q1, k1, v1, q2, k2, v2, scale)[0]
     return out
 
 
 def packed_attention(qkv: Tensor, scale: float, k2: Tensor | None = None, v2: Tensor | None = None) -> Tensor:
     """`segment_attention` of one segment as the QKV projection leaves it, [M, B, T, 3, H, D], whose gradient is packed
     in the same way; optionally with further keys and values [M, B, S2, H, D] (deep prompts)."""
-    out: Tensor = torch.ops.hgprompt.packed_attention(qkv, k2, v2, scale)[0]
+    out: Tensor = _packed_op(qkv, k2, v2, scale)[0]
     return out

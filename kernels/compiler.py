@@ -85,6 +85,7 @@ def _row(kernel: str, architecture: str, bits: int, width: int) -> dict[str, int
     raise LookupError(f"{kernel} has no configuration for {bits} bits and width {width} on {architecture}")
 
 
+@functools.cache
 def _architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return "sm_80"  # the interpreter

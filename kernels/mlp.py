@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hgprompt.kernels.compiler import cdiv, jit, launch_options, on_device, precision_of, tl
+from hgprompt.kernels.operators import Operator
 
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 Form = Literal["library", "fused"]
@@ -217,12 +218,7 @@ def _launch_linear(
 # Operators ------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "hgprompt::mlp", mutates_args=(),
-    schema="(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str activation, bool gated, "
-    "bool fused, bool keep) -> (Tensor, Tensor)",
-)  # fmt: skip
-def _op(x, weight1, bias1, weight2, bias2, activation, gated, fused, keep):
+def _launch(x, weight1, bias1, weight2, bias2, activation, gated, fused, keep):
     if fused:
         kept = _kept(x, weight1, weight2, fused, keep)
         middle = _launch_linear(x, weight1, False, bias1, activation, kept if keep else None, False)
@@ -242,16 +238,11 @@ def _kept(x, weight1, weight2, fused, keep):
     return x.new_empty(*x.shape[:-1], weight2.shape[1] if fused else weight1.shape[0])
 
 
-@_op.register_fake
-def _(x, weight1, bias1, weight2, bias2, activation, gated, fused, keep):
+def _fake(x, weight1, bias1, weight2, bias2, activation, gated, fused, keep):
     return x.new_empty(*x.shape[:-1], weight2.shape[0]), _kept(x, weight1, weight2, fused, keep)
 
 
-@torch.library.custom_op(
-    "hgprompt::mlp_backward", mutates_args=(),
-    schema="(Tensor dy, Tensor kept, Tensor weight1, Tensor weight2, str activation, bool gated, bool fused) -> Tensor",
-)  # fmt: skip
-def _backward_op(dy, kept, weight1, weight2, activation, gated, fused):
+def _launch_backward(dy, kept, weight1, weight2, activation, gated, fused):
     if fused:
         dpre = _launch_linear(dy, weight2, True, None, activation, kept, True)
     else:
@@ -260,8 +251,7 @@ def _backward_op(dy, kept, weight1, weight2, activation, gated, fused):
     return torch.matmul(dpre, weight1)
 
 
-@_backward_op.register_fake
-def _(dy, kept, weight1, weight2, activation, gated, fused):
+def _fake_backward(dy, kept, weight1, weight2, activation, gated, fused):
     return dy.new_empty(*dy.shape[:-1], weight1.shape[1])
 
 
@@ -276,11 +266,21 @@ def _autograd(ctx, dy, _):
     if dy is None:
         return (None,) * 9
     kept, weight1, weight2 = ctx.saved_tensors
-    dx = torch.ops.hgprompt.mlp_backward(dy, kept, weight1, weight2, ctx.activation, ctx.gated, ctx.fused)
+    dx = _backward_op(dy, kept, weight1, weight2, ctx.activation, ctx.gated, ctx.fused)
     return (dx, *[None] * 8)
 
 
-torch.library.register_autograd("hgprompt::mlp", _autograd, setup_context=_setup)
+_op = Operator(
+    "mlp",
+    "(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str activation, bool gated, "
+    "bool fused, bool keep) -> (Tensor, Tensor)",
+    _launch, _fake, backward=_autograd, setup=_setup,
+)  # fmt: skip
+_backward_op = Operator(
+    "mlp_backward",
+    "(Tensor dy, Tensor kept, Tensor weight1, Tensor weight2, str activation, bool gated, bool fused) -> Tensor",
+    _launch_backward, _fake_backward,
+)  # fmt: skip
 
 
 def mlp(
@@ -298,7 +298,5 @@ def mlp(
         [..., e]. Differentiable once, in x alone.
     """
     keep = torch.is_grad_enabled() and x.requires_grad
-    out: Tensor = torch.ops.hgprompt.mlp(
-        x, weight1, bias1, weight2, bias2, activation, gated, form == "fused" and not gated, keep
-    )[0]
+    out: Tensor = _op(x, weight1, bias1, weight2, bias2, activation, gated, form == "fused" and not gated, keep)[0]
     return out

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hgprompt.kernels.compiler import cdiv, jit, launch_options, next_power_of_2, on_device, tl
+from hgprompt.kernels.operators import Operator
 
 NormKind = Literal["layer", "rms"]
 
@@ -107,11 +108,7 @@ def _backward(
 # Operators ------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "hgprompt::add_normalize", mutates_args=(),
-    schema="(Tensor x, Tensor? y, bool centre, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
-)  # fmt: skip
-def _op(x, y, centre, eps, dtype):
+def _launch(x, y, centre, eps, dtype):
     x, y = x.contiguous(), None if y is None else y.contiguous()
     total, z, rstd = _outputs(x, y, dtype)
     rows, width = rstd.numel(), x.shape[-1]
@@ -125,23 +122,13 @@ def _op(x, y, centre, eps, dtype):
     return total, z, rstd
 
 
-@_op.register_fake
-def _(x, y, centre, eps, dtype):
-    return _outputs(x, y, dtype)
-
-
 def _outputs(x, y, dtype):
     """total (empty where nothing is added), z, rstd."""
     total = x.new_empty(0 if y is None else x.shape)
     return total, x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "hgprompt::add_normalize_backward", mutates_args=(),
-    schema="(Tensor? dtotal, Tensor dz, Tensor z, Tensor rstd, bool centre, ScalarType x_dtype, ScalarType? y_dtype)"
-    " -> (Tensor, Tensor)",
-)  # fmt: skip
-def _backward_op(dtotal, dz, z, rstd, centre, x_dtype, y_dtype):
+def _launch_backward(dtotal, dz, z, rstd, centre, x_dtype, y_dtype):
     dz, dtotal = dz.contiguous(), None if dtotal is None else dtotal.contiguous()
     dx, dy = _gradients(z, x_dtype, y_dtype)
     rows, width = rstd.numel(), z.shape[-1]
@@ -154,11 +141,6 @@ def _backward_op(dtotal, dz, z, rstd, centre, x_dtype, y_dtype):
                 **options,
             )  # fmt: skip
     return dx, dy
-
-
-@_backward_op.register_fake
-def _(dtotal, dz, z, rstd, centre, x_dtype, y_dtype):
-    return _gradients(z, x_dtype, y_dtype)
 
 
 def _gradients(z, x_dtype, y_dtype):
@@ -182,13 +164,22 @@ def _autograd(ctx, dtotal, dz, _):
         dx = dtotal
         dy = None if dtotal is None or ctx.y_dtype is None else dtotal.to(ctx.y_dtype)
         return dx, dy, None, None, None
-    dx, dy = torch.ops.hgprompt.add_normalize_backward(dtotal, dz, z, rstd, ctx.centre, ctx.x_dtype, ctx.y_dtype)
+    dx, dy = _backward_op(dtotal, dz, z, rstd, ctx.centre, ctx.x_dtype, ctx.y_dtype)
     if ctx.y_dtype is None:
         return dx, None, None, None, None
     return dx, dy if ctx.y_dtype != ctx.x_dtype else dx, None, None, None
 
 
-torch.library.register_autograd("hgprompt::add_normalize", _autograd, setup_context=_setup)
+_op = Operator(
+    "add_normalize", "(Tensor x, Tensor? y, bool centre, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    _launch, lambda x, y, centre, eps, dtype: _outputs(x, y, dtype), backward=_autograd, setup=_setup,
+)  # fmt: skip
+_backward_op = Operator(
+    "add_normalize_backward",
+    "(Tensor? dtotal, Tensor dz, Tensor z, Tensor rstd, bool centre, ScalarType x_dtype, ScalarType? y_dtype)"
+    " -> (Tensor, Tensor)",
+    _launch_backward, lambda dtotal, dz, z, rstd, centre, x_dtype, y_dtype: _gradients(z, x_dtype, y_dtype),
+)  # fmt: skip
 
 
 def add_normalize(x: Tensor, y: Tensor | None, kind: NormKind, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -201,5 +192,5 @@ def add_normalize(x: Tensor, y: Tensor | None, kind: NormKind, eps: float, dtype
     Returns:
         The sum, in x's dtype (x itself without y), and the normalised rows. Differentiable once.
     """
-    total, z, _ = torch.ops.hgprompt.add_normalize(x, y, kind == "layer", eps, dtype)
+    total, z, _ = _op(x, y, kind == "layer", eps, dtype)
     return (x if y is None else total), z
