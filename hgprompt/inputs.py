@@ -196,29 +196,33 @@ def _checksum(images: Tensor, labels: Tensor) -> int:
 
 def _ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """The same batches; for a GPU, each is on its way there (through pinned memory, on a stream of its own) while the
-    one before is computed."""
+    one before is computed. A loader may fill the memory of one batch with the next: what it is asked for ahead of time
+    is a copy by then, and where images lie on a GPU already, nothing is asked for ahead of time."""
     if device.type != "cuda":
         yield from batches
         return
     copies = torch.cuda.Stream(device)
-    waiting: tuple[Tensor, Tensor, torch.cuda.Event | None] | None = None
+    waiting: tuple[Tensor, Tensor, torch.cuda.Event] | None = None
 
-    def arrived(images: Tensor, labels: Tensor, event: torch.cuda.Event | None) -> tuple[Tensor, Tensor]:
-        if event is not None:
-            current = torch.cuda.current_stream(device)
-            current.wait_event(event)
-            images.record_stream(current)
+    def arrived(images: Tensor, labels: Tensor, event: torch.cuda.Event) -> tuple[Tensor, Tensor]:
+        current = torch.cuda.current_stream(device)
+        current.wait_event(event)
+        images.record_stream(current)
         return images, labels
 
     for images, labels in batches:
-        event = None
-        if images.device.type == "cpu":
+        there = images.device.type != "cpu"
+        ahead = None
+        if not there:
+            # Also of memory that is pinned: the loader could fill it again before the GPU has read it.
+            pinned = torch.empty_like(images, pin_memory=True).copy_(images)
             with torch.cuda.stream(copies):
-                images = images.pin_memory().to(device, non_blocking=True)
-            event = copies.record_event()
+                ahead = pinned.to(device, non_blocking=True), labels, copies.record_event()
         if waiting is not None:
             yield arrived(*waiting)
-        waiting = images, labels, event
+        waiting = ahead
+        if there:
+            yield images, labels
     if waiting is not None:
         yield arrived(*waiting)
 
@@ -250,7 +254,9 @@ def _is_on(wanted: torch.device, device: torch.device) -> bool:
 def _check_batch(vit: FrozenViT, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     vit.check_images(images)
     labels = check_labels(labels, len(images))
-    if images.is_floating_point() and not bool(images.isfinite().all()):
+    # On a GPU the host would wait for all that is queued there; the features of such images are not finite either, and
+    # that is noticed without waiting (`FiniteCheck`).
+    if images.is_floating_point() and not images.is_cuda and not bool(images.isfinite().all()):
         bad = torch.nonzero(~images.flatten(1).isfinite().all(1)).flatten().tolist()
         raise DataError(f"images {bad[:8]} hold NaN or infinity")
     return images.detach(), labels

@@ -128,7 +128,8 @@ def _moved(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Tensor:
             target = value
     goes = there if target is None else torch.device(target).type == "cuda"
     y = x if dtype is None or dtype == x.dtype else x.to(dtype)
-    return _marked(y.clone() if y is x and (goes != there or name == "pin_memory") else y, goes)
+    a_copy = goes != there or name == "pin_memory" or kwargs.get("copy")
+    return _marked(y.clone() if y is x and a_copy else y, goes)
 
 
 def _marked(x: Any, there: bool) -> Any:

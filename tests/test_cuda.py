@@ -71,6 +71,26 @@ def test_batches_are_copied_ahead_unchanged(kind):
     torch.testing.assert_close(there.weights, here.weights, rtol=0, atol=1e-4)  # float32 network, other batch shapes
 
 
+@pytest.mark.parametrize("where", ["cuda", "pinned", "cpu"])
+def test_a_loader_may_fill_one_buffer_again_and_again(where):
+    """Large batches and a small network, so that a copy may well be under way when the buffer is filled again."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(1024) % 3
+    images = torch.randn(8, 1024, 3, 16, 16, generator=g) + labels[:, None, None, None]
+    prompts = torch.randn(3, 2, 16, generator=g)
+    buffer = torch.empty(images[0].shape, device="cuda" if where == "cuda" else "cpu", pin_memory=where == "pinned")
+
+    def refilled():
+        for own in images:
+            yield buffer.copy_(own), labels
+
+    options = {"backbone": literal.tiny_vit(), "device": "cuda"}
+    expected = fast_ensemble(prompts, [(own.cuda(), labels) for own in images], **options)
+    found = fast_ensemble(prompts, refilled(), **options)
+    assert torch.equal(found.source_h_scores, expected.source_h_scores)
+    assert torch.equal(found.gradient_cosines, expected.gradient_cosines)
+
+
 @pytest.mark.parametrize("keep", ["features", "moments"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_bits_every_time(dtype, keep):

@@ -63,6 +63,25 @@ def test_an_ensemble(keep, options):
         torch.testing.assert_close(again.weights, there.weights, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("where", ["cuda", "cpu"])
+def test_a_loader_may_fill_one_buffer_again_and_again(where):
+    """As those do that decode on a GPU, or into pinned memory."""
+    prompts, loader = _problem()
+    images, labels = torch.empty(9, 3, 16, 16).to(where), torch.empty(9, dtype=torch.int64).to(where)
+
+    def refilled():
+        for own in loader:
+            images.copy_(own[0])
+            labels.copy_(own[1])
+            yield images, labels
+
+    options = {"backbone": literal.tiny_vit(), "device": "cuda"}
+    expected = fast_ensemble(prompts, loader, **options)
+    found = fast_ensemble(prompts, refilled(), **options)
+    assert torch.equal(found.source_h_scores, expected.source_h_scores)
+    assert torch.equal(found.gradient_cosines, expected.gradient_cosines)
+
+
 @pytest.mark.parametrize("keep", ["features", "moments"])
 def test_a_resumed_pass(keep, tmp_path):
     prompts, loader = _problem()
