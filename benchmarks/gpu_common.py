@@ -60,7 +60,8 @@ def median_ms(function, rounds=3 if REHEARSE else 20, warm_up=1 if REHEARSE else
     """Median milliseconds of a call, on the device's own clock where it has one.
 
     On a GPU the caches are flushed before each call, and the device sleeps for a moment, so that the host is ahead and
-    its own work is not measured.
+    its own work is not measured, as far as that moment suffices: it does for a kernel, and not for a whole network
+    (`host_ms`).
     """
     for _ in range(warm_up):
         function()
@@ -76,13 +77,26 @@ def median_ms(function, rounds=3 if REHEARSE else 20, warm_up=1 if REHEARSE else
     for _ in range(rounds):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
-        torch.cuda._sleep(4_000_000)  # about 2 ms, more than any call takes the host
+        torch.cuda._sleep(4_000_000)  # about 2 ms
         begin.record()
         function()
         end.record()
         events.append((begin, end))
     torch.cuda.synchronize()
     return statistics.median(begin.elapsed_time(end) for begin, end in events)
+
+
+def host_ms(function: Callable[[], object], rounds: int = 10) -> float:
+    """Median milliseconds until a call returns, whatever the device still has to do: where they are more than the
+    device's own, the device waits for the host."""
+    times = []
+    for _ in range(rounds):
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
 
 
 def ceilings(rows: int) -> dict[str, float]:

@@ -82,12 +82,14 @@ def _cases(kernel: str, row: dict[str, int], dtype: str) -> Iterator[Case]:
         if kernel == "attention_delta":
             yield Case(function, kernel, dtype, head | options, **launch, float32=("delta",))
             return
-        for two in (False, True):
-            both = head | precision | options | {"TWO_Q": two, "TWO_K": two}
+        # One segment, deep prompts (which are keys alone), both. Where heads are padded the masks take registers too.
+        for two_q, two_k in ((False, False), (False, True), (True, True)):
+            padded = {"D": 80} if width == 128 and two_k and not two_q else {}
+            both = head | padded | precision | options | {"TWO_Q": two_q, "TWO_K": two_k}
             if kernel == "attention_backward_keys":
                 both |= {"WHOLE": False}
             yield Case(function, kernel, dtype, both, **launch, float32=("lse", "delta"), scalars=("scale",))
-            if not two:  # as few queries as the last block has
+            if not two_k:  # as few queries as the last block has
                 yield Case(
                     function, kernel, dtype, both | {"BLOCK_T": 16}, **launch, float32=("lse", "delta"),
                     scalars=("scale",),
