@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import literal
 import pytest
 import torch
 
-from hgprompt import EnsembleResult, OptionError, OutputError, PromptPool, load_backbone
+from hgprompt import EnsembleResult, FrozenViT, OptionError, OutputError, PromptPool
 from hgprompt.data import PROCEDURAL_TASKS
 from hgprompt.demo import PLANS, DemoPlan, run_demo
 
@@ -20,7 +21,7 @@ SMALL = DemoPlan(
 
 @pytest.fixture(scope="module")
 def vit():
-    return load_backbone("mini", device="cpu", img_size=32)  # a quarter of the tokens
+    return FrozenViT.from_timm(literal.tiny_vit(img_size=32))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_goes_on_where_it_was_interrupted(vit, whole, tmp_path):
 def test_command(tmp_path, monkeypatch, capsys):
     from hgprompt import cli
 
-    plan = dataclasses.replace(SMALL, images=24, epochs=1)  # its images are of 64 pixels
+    plan = dataclasses.replace(SMALL, images=24, epochs=1)  # with the bundled network, on images of 64 pixels
     monkeypatch.setitem(PLANS, "quick", plan)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["hgprompt", "demo", "--quick", "--quiet", "--device", "cpu", "--out", "here"])

@@ -41,13 +41,15 @@ def test_the_device_is_what_it_is_taken_for():
             mix()
 
 
-@pytest.mark.parametrize("keep", ["features", "moments"])
 @pytest.mark.parametrize(
-    "options",
+    ("keep", "options"),
     [
-        {}, {"head": "lda"}, {"head": "centroid"}, {"dtype": torch.bfloat16}, {"tolerance": 0.5}, {"folds": 1},
-        {"gradient_images": 20}, {"gradient_images": 0, "lam": 0.0}, {"shrinkage": 0.0},
-        {"solver": "projected-gradient", "max_steps": 5},
+        *(("features", options) for options in (
+            {}, {"head": "lda"}, {"head": "centroid"}, {"dtype": torch.bfloat16}, {"tolerance": 0.5}, {"folds": 1},
+            {"gradient_images": 20}, {"gradient_images": 0, "lam": 0.0}, {"shrinkage": 0.0},
+            {"solver": "projected-gradient", "max_steps": 5},
+        )),
+        *(("moments", options) for options in ({}, {"head": "lda"}, {"tolerance": 0.5}, {"gradient_images": 20})),
     ],
     ids=str,
 )  # fmt: skip

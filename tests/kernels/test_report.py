@@ -12,58 +12,68 @@ import torch
 
 pytest.importorskip("triton")
 
-# Compiled code and the interpreter exclude each other in one process.
+# What is compiled: the first case of a kernel and dtype, on an architecture, with something changed.
+CASES = {
+    "shipped, sm_80": ("attention_forward", "bf16", "sm_80", {}, {}),
+    "shipped, sm_90": ("attention_forward", "bf16", "sm_90", {}, {}),
+    "sum": ("assemble", "fp64", "sm_80", {}, {}),
+    "128 × 128 scores in 4 warps": ("attention_forward", "bf16", "sm_80", {"BLOCK_T": 128, "BLOCK_S": 128}, {}),
+    "four stages": ("linear", "bf16", "sm_80", {"BLOCK_K": 128, "KEEP": False}, {"num_stages": 4}),
+    "ieee": ("attention_forward", "fp32", "sm_80", {"PRECISION": "ieee"}, {}),
+}
 _PROGRAM = """
 import dataclasses, json, sys
 from hgprompt.kernels import report
 
-chosen = [c for c in report.cases("sm_80") if c.name == {name!r} and c.dtype == {dtype!r}][:1]
-changed = [dataclasses.replace(c, constants=c.constants | {changes!r}, **{options!r}) for c in chosen]
-print(json.dumps([dataclasses.asdict(report.compile_case(c, {architecture!r})) for c in changed]))
+found = {}
+for key, (name, dtype, architecture, constants, options) in json.load(sys.stdin).items():
+    case = next(c for c in report.cases("sm_80") if c.name == name and c.dtype == dtype)
+    case = dataclasses.replace(case, constants=case.constants | constants, **options)
+    found[key] = dataclasses.asdict(report.compile_case(case, architecture))
+print(json.dumps(found))
 """
 
 
-def _compile(name, dtype="bf16", architecture="sm_80", changes=None, **options):
-    program = _PROGRAM.format(name=name, dtype=dtype, architecture=architecture, changes=changes or {}, options=options)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+@pytest.fixture(scope="module")
+def compiled():
+    """In a process of their own: compiled code and the interpreter exclude each other in one."""
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM], input=json.dumps(CASES), capture_output=True, text=True,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    (found,) = json.loads(done.stdout)
-    return found
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_a_shipped_kernel_is_without_fault(architecture):
-    found = _compile("attention_forward", architecture=architecture)
+def test_a_shipped_kernel_is_without_fault(compiled, architecture):
+    found = compiled[f"shipped, {architecture}"]
     assert found["faults"] == []
     assert found["registers"] > 16
     assert found["tensor_core_instructions"] > 0
     assert found["wide_loads"] > 0  # 16 bytes at once, although rows come from two segments
 
 
-def test_a_sum_in_float64_reads_16_bytes_at_once():
+def test_a_sum_in_float64_reads_16_bytes_at_once(compiled):
     """Although the rows of blocks are found by addresses that the compiler does not know."""
-    found = _compile("assemble", dtype="fp64")
-    assert found["faults"] == []
-    assert found["wide_loads"] > 0
+    assert compiled["sum"]["faults"] == []
+    assert compiled["sum"]["wide_loads"] > 0
 
 
-def test_spills_are_a_fault():
-    found = _compile("attention_forward", changes={"BLOCK_T": 128, "BLOCK_S": 128})  # 128 × 128 scores in 4 warps
+def test_spills_are_a_fault(compiled):
+    found = compiled["128 × 128 scores in 4 warps"]
     assert found["spilled_bytes"] > 0
     assert any("spills" in fault for fault in found["faults"])
 
 
-def test_too_much_shared_memory_is_a_fault():
-    found = _compile("linear", changes={"BLOCK_K": 128, "KEEP": False}, num_stages=4)
-    assert found["shared_bytes"] > 163 * 1024
-    assert any("shared memory" in fault for fault in found["faults"])
+def test_too_much_shared_memory_is_a_fault(compiled):
+    assert compiled["four stages"]["shared_bytes"] > 163 * 1024
+    assert any("shared memory" in fault for fault in compiled["four stages"]["faults"])
 
 
-def test_products_without_tensor_cores_are_a_fault():
-    found = _compile("attention_forward", dtype="fp32", changes={"PRECISION": "ieee"})
-    assert found["tensor_core_instructions"] == 0
-    assert any("tensor-core" in fault for fault in found["faults"])
+def test_products_without_tensor_cores_are_a_fault(compiled):
+    assert compiled["ieee"]["tensor_core_instructions"] == 0
+    assert any("tensor-core" in fault for fault in compiled["ieee"]["faults"])
 
 
 def test_the_command_refuses_the_interpreter():
