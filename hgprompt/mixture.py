@@ -26,6 +26,7 @@ _WOODBURY_FROM = 1e-4
 _IMAGES_AT_ONCE = 64  # float64 copies of all prompts' features are of so many
 # A fold that held nearly all of the variance cannot be subtracted: what is left would be rounding.
 _SUBTRACT_FROM = 1e-4
+_FEW = 8  # null directions of a covariance that are found without its spectrum
 
 
 class FeatureMixture:
@@ -277,25 +278,58 @@ def solve_regularized(covariance: Tensor, ridge: Tensor, right: Tensor, n: int) 
     matrix.diagonal().add_(ridge)
     scale = inverse_spread(matrix.diagonal(), n)
     matrix, right = scale[:, None] * matrix * scale, scale[:, None] * right
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    diagonal = factor.diagonal()
-    if int(info) == 0 and float(diagonal.min()) > 1e-6 * float(diagonal.max()):
-        return scale[:, None] * torch.cholesky_solve(right, factor)
+    if float(ridge) > 0:
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        diagonal = factor.diagonal()
+        if int(info) == 0 and float(diagonal.min()) > 1e-6 * float(diagonal.max()):
+            return scale[:, None] * torch.cholesky_solve(right, factor)
+    elif (solution := _solve_beside_few_null(matrix, right, n)) is not None:
+        return scale[:, None] * solution
     values, vectors = torch.linalg.eigh(matrix)
     inverse = torch.where(values > singular_below(n, values), 1 / values.clamp_min(1e-300), torch.zeros_like(values))
     return scale[:, None] * ((vectors * inverse) @ (vectors.T @ right))
 
 
+def _solve_beside_few_null(matrix: Tensor, right: Tensor, n: int) -> Tensor | None:
+    """matrix⁺ right without its spectrum, where it is plain which few directions are null; None where it is not.
+
+    Features after a LayerNorm have such a direction, however many images there are. Its eigenvalue is rounding, which
+    the pivots of a Cholesky factor do not show: all of them take a part of it. Inverse iteration does.
+    """
+    null_below = singular_below(n, matrix.diagonal())
+    shifted = matrix.clone()
+    shifted.diagonal().add_(null_below)
+    factor, info = torch.linalg.cholesky_ex(shifted)
+    if int(info):
+        return None
+    generator = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(len(matrix), min(_FEW, len(matrix)), generator=generator, dtype=matrix.dtype, device="cpu")
+    x = start.to(matrix.device)
+    for _ in range(3):
+        x = torch.linalg.qr(torch.cholesky_solve(x, factor)).Q
+    values, turn = torch.linalg.eigh(x.T @ matrix @ x)
+    null = values <= null_below
+    # The largest eigenvalue lies between the largest element of the diagonal and the largest sum of a row.
+    plain = null | (values > 1e3 * singular_below(n, matrix.abs().sum(1)))
+    if not bool(plain.all()) or bool(null.all()):
+        return None
+    u = (x @ turn)[:, null]
+    factor, info = torch.linalg.cholesky_ex(matrix + u @ u.T)
+    return None if int(info) else torch.cholesky_solve(right - u @ (u.T @ right), factor)
+
+
 def inverse_spread(variances: Tensor, n: int) -> Tensor:
     """Factors [h] that bring variances [h] to 1, so that a faint feature keeps the digits it has beside a strong one;
-    powers of two, which round nothing. 0 for a feature that is constant but for rounding."""
+    powers of two, which round nothing. 0 for a feature that is constant but for the rounding of the strongest: one
+    whose standard deviation is 10⁷ times smaller."""
     scale = torch.exp2(-variances.clamp_min(1e-300).log2().div(2).round())
     return torch.where(variances > singular_below(n, variances), scale, torch.zeros_like(scale))
 
 
 def singular_below(n: int, values: Tensor) -> Tensor:
     """Eigenvalues or variances no larger than this are 0 but for rounding, beside values [h] from n images."""
-    return max(n, len(values)) * torch.finfo(values.dtype).eps * values.max().clamp_min(0)
+    # Few images and features round no less than some do: prompts may have cancelled one another.
+    return max(n, len(values), 64) * torch.finfo(values.dtype).eps * values.max().clamp_min(0)
 
 
 def class_means(centred: Tensor, labels: Tensor) -> Tensor:

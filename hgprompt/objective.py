@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, Protocol
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import Tensor
 from hgprompt.arguments import is_floating, kind_of
 from hgprompt.batch_checks import check_labels
 from hgprompt.errors import DataError, OptionError, PromptError
-from hgprompt.kernels.gram import gram, gram_reference
+from hgprompt.kernels.gram import gram, gram_reference, of_unit_size
 from hgprompt.mixture import (
     FeatureMixture,
     MomentMixture,
@@ -104,16 +105,19 @@ def alignment_loss(gradients: Tensor, weights: Tensor) -> Tensor:
         [] float64, in [0, 2]; differentiable in both.
 
     Raises:
-        OptionError: weights of another number. PromptError: every gradient is zero. DataError: gradients of another
-            shape, or one that is not finite.
+        OptionError: weights of another number, or not finite. PromptError: every gradient is zero.
+        DataError: gradients of another shape, or one that is not finite.
     """
     _check_gradients(gradients)
     if not is_floating(weights, 1) or len(gradients) != len(weights):
         raise OptionError(f"{len(gradients)} gradients need weights [{len(gradients)}], got {kind_of(weights)}")
+    if not bool(weights.isfinite().all()):
+        raise OptionError("weights are not finite")
     g = gradients.double().flatten(1)
-    norms = g.norm(dim=1)
-    if not bool(norms.isfinite().all()):
+    if not bool(g.isfinite().all()):
         raise DataError("gradients are not finite")
+    g = of_unit_size(g)
+    norms = g.norm(dim=1)
     alive = norms > 0
     if not bool(alive.any()):
         raise PromptError("every gradient is zero: no direction to align")
@@ -151,7 +155,7 @@ def resolve_intensity(shrinkage: Shrinkage, n: int, covariance: Tensor, fourth: 
     Eldar & Hero 2010, "Shrinkage algorithms for MMSE covariance estimation", Eq. 23 as commonly implemented.
     """
     check_shrinkage(shrinkage)
-    if isinstance(shrinkage, (int, float)):
+    if isinstance(shrinkage, Real):
         return float(shrinkage)
     h = covariance.shape[0]
     square = float(covariance.square().sum())
@@ -171,7 +175,7 @@ def resolve_intensity(shrinkage: Shrinkage, n: int, covariance: Tensor, fourth: 
 
 def check_shrinkage(shrinkage: Shrinkage) -> None:
     """Raise OptionError for anything that is no shrinkage."""
-    number = isinstance(shrinkage, (int, float)) and not isinstance(shrinkage, bool)
+    number = isinstance(shrinkage, Real) and not isinstance(shrinkage, bool)
     if shrinkage not in ("auto", "ledoit-wolf", "oas") and not (number and 0 <= shrinkage < 1):  # type: ignore[operator]
         raise OptionError(f"shrinkage must be 'auto', 'ledoit-wolf', 'oas' or a number in [0, 1), got {shrinkage!r}")
 
@@ -251,14 +255,20 @@ class HScore:
     def evaluate(self, weights: Vector) -> tuple[float, Tensor]:
         """α [M] → H, and the discriminants Z [h, C] that it comes from (`hgprompt.mixture`)."""
         self.evaluations += 1
-        return self.mixture.discriminants(torch.from_numpy(weights), self.intensity)
+        value, z = self.mixture.discriminants(torch.from_numpy(weights), self.intensity)
+        return self._at_most(value), z
 
     def __call__(self, weights: Vector) -> tuple[float, Vector]:
         """α [M] → H and its gradient [M]. The scale of α does not matter. Where the prompts cancel one another there is
         nothing to tell classes from, and both are 0."""
         self.evaluations += 1
         value, gradient = self.mixture.value_and_gradient(torch.from_numpy(weights), self.intensity)
-        return value, gradient.cpu().numpy()
+        return self._at_most(value), gradient.cpu().numpy()
+
+    def _at_most(self, value: float) -> float:
+        """C - 1 for more than that, which is rounding: without shrinkage, of prompts that all but cancel one another. A
+        maximum of H would be looked for there."""
+        return min(value, self.num_classes - 1.0)
 
 
 def _check_prompts(mixture: FeatureMixture | MomentMixture) -> None:
@@ -317,7 +327,7 @@ def cosine_loss(along: Vector, gram: Vector, weights: Vector) -> tuple[float, Ve
         return 1.0, np.zeros_like(weights)
     norm = math.sqrt(square)
     cosine = float(along @ weights) / norm
-    return 1.0 - cosine, -along / norm + cosine * slope / square
+    return max(1.0 - cosine, 0.0), -along / norm + cosine * slope / square
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,20 @@ _PROGRAMS = 512  # a few for every multiprocessor; a constant, so that all devic
 
 def gram_reference(gradients: Tensor) -> Tensor:
     """The specification of `gram`."""
-    g = gradients.double().flatten(1)
+    g = of_unit_size(gradients.double().flatten(1))
     norms = g.norm(dim=1, keepdim=True)
     g = torch.where(norms == 0, torch.zeros_like(g), g / norms.clamp_min(1e-300))  # NaN stays what it is
     products = g @ g.T
     return (products + products.T) / 2
+
+
+def of_unit_size(rows: Tensor) -> Tensor:
+    """Rows [M, D] divided by their largest elements, whose squares would leave float64's range or lose their digits at
+    its end; rows of zeros as they are."""
+    if not rows.numel():
+        return rows
+    largest = rows.detach().abs().amax(1, keepdim=True)
+    return rows / torch.where(largest == 0, torch.ones_like(largest), largest)
 
 
 def grams_reference(parts: Tensor) -> tuple[Tensor, Tensor]:

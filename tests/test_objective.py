@@ -198,6 +198,22 @@ def test_h_score_is_differentiable():
     assert torch.autograd.gradcheck(lambda f: h_score(f, labels, shrinkage=0.2), (features,))
 
 
+@pytest.mark.parametrize("size", [1e-300, 1e-170, 1e155, 1e300])
+def test_the_size_of_a_gradient_is_nothing_to_its_direction(size):
+    """Also where its squares leave float64's range."""
+    gradients = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    scaled = gradients * torch.tensor([1.0, size, 1.0, 1.0], dtype=torch.float64)[:, None]
+    # The same numbers, rounded once more: a few units of float64's last place.
+    torch.testing.assert_close(gram_of(scaled), gram_of(gradients), rtol=0, atol=1e-14)
+    torch.testing.assert_close(alignment_loss(scaled, weights), alignment_loss(gradients, weights), rtol=0, atol=1e-14)
+
+
+def test_alignment_of_weights_that_are_not_finite_is_refused():
+    with pytest.raises(OptionError, match="not finite"):
+        alignment_loss(torch.ones(2, 3), torch.tensor([0.5, torch.nan]))
+
+
 def test_gradients_that_are_not_finite_are_no_zeros():
     gradients = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     gradients[1, 2] = torch.nan

@@ -187,7 +187,7 @@ def plot_scores(
             best, ink = behind[i, j] == 0, "white" if behind[i, j] > -9 else "0.15"
             weight = "bold" if best else "normal"
             axis.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color=ink, fontweight=weight)
-    _names(axis, list(rows), columns, longest=24)
+    _names(axis, list(rows), columns, longest=32)
     axis.set_title(shortened(title, 200))
     figure.colorbar(picture, ax=axis, shrink=0.8, extend="min", label="points behind the best of the column")
     save_figure(figure, Path(path))
