@@ -278,6 +278,7 @@ def _timm_name(config: Mapping[str, Any]) -> str:
 
 
 def _require_supported(model: nn.Module) -> None:
+    from timm.layers import PatchEmbed
     from timm.models.vision_transformer import VisionTransformer
 
     if not isinstance(model, VisionTransformer):
@@ -287,6 +288,11 @@ def _require_supported(model: nn.Module) -> None:
         refuse(type(model).__name__, f"it computes its own {changed}()")
     if model.global_pool not in _POOLS:
         refuse(type(model).__name__, f"global_pool={model.global_pool!r} is none of {', '.join(_POOLS)}")
+    if not (isinstance(model.patch_embed, PatchEmbed) and isinstance(model.patch_embed.proj, nn.Conv2d)):
+        kind = type(model.patch_embed).__name__
+        refuse(type(model).__name__, f"its patches come from a {kind}, and not from one convolution")
+    if any(weight.is_meta for weight in model.parameters()):
+        refuse(type(model).__name__, "its weights are on the meta device, and have no values: load them first")
     if model.patch_embed.img_size is None:
         refuse(type(model).__name__, "it has no fixed image size; make it with img_size=...")
     if len(model.blocks) == 0:

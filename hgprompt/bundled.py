@@ -61,7 +61,8 @@ def load_model(name: str, *, checkpoint: str | None = None, **timm_options: Any)
     if checkpoint is not None or set(timm_options) - {"img_size"}:
         raise BackboneError(_OWN_WEIGHTS)
     size = timm_options.get("img_size", _MINI_SIZE)
-    if any(pixels % _MINI_ARCHITECTURE["patch_size"] for pixels in (size if isinstance(size, tuple) else (size,))):
+    patch = _MINI_ARCHITECTURE["patch_size"]
+    if any(pixels < patch or pixels % patch for pixels in (size if isinstance(size, tuple) else (size,))):
         raise BackboneError(f"img_size {size} is no multiple of the mini backbone's patches of 8: pixels would be cut")
     return mini_model(size)
 

@@ -162,7 +162,8 @@ def pull_back(
         features [M, B, h] in the backbone's dtype, losses [M] and gradients (shape of prompts) in at least float32.
 
     Raises:
-        PromptError, DataError: as for `encode`. DeviceMemoryError: one pair does not fit.
+        PromptError, DataError: as for `encode`. OptionError: a loss without a gradient in the prompts.
+        DeviceMemoryError: one pair does not fit.
     """
     check_prompts(backbone, prompts)
     num_images = _check_images(backbone, images, len(prompts))
@@ -184,7 +185,14 @@ def pull_back(
                     leaf = prompts[s].clone().requires_grad_()
                     out = network.features(backbone, tokens, leaf, ops)
                     value = loss(out, s, image_slice)
-                    (gradient,) = torch.autograd.grad(value.sum(), leaf)
+                    gradient = None
+                    if value.requires_grad:
+                        (gradient,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
+                    if gradient is None:
+                        raise OptionError(
+                            "the loss has no gradient in the prompts: compute it, and the logits of a head of your "
+                            "own, from the features, and not under torch.no_grad()"
+                        )
                 done.append((s, out.detach(), value.detach(), gradient))
             return image_slice, done
 

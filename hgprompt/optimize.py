@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hgprompt import simplex
-from hgprompt.arguments import real, whole
+from hgprompt.arguments import is_floating, kind_of, real, whole
 from hgprompt.errors import DataError, OptionError, PromptError, StatisticsError
 from hgprompt.objective import Alignment, HScore, Objective, Shrinkage, check_shrinkage
 from hgprompt.reduced_basis import ReducedHScore
@@ -31,6 +31,7 @@ MAX_LAM = 1e9
 _ROUNDS = 50
 _SAME = 0.02  # local minima nearer than this (L1) count as one
 _JACKKNIFE_STARTS = 3
+_GRAM_ROUNDING = 1e-3  # of cosines in bfloat16, and no mistake
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,11 @@ class WeightProblem:
         seed: int = 0,
     ) -> None:
         check_problem(shrinkage, starts, tolerance, max_steps, seed)
+        if not isinstance(statistics, EnsembleStatistics):
+            raise OptionError(f"statistics must be EnsembleStatistics, got {type(statistics).__name__}")
         size = statistics.num_prompts
-        if gram is not None and tuple(gram.shape) != (size, size):
-            raise OptionError(f"gram must be [{size}, {size}] for {size} prompts, got {list(gram.shape)}")
-        if gram is not None and not gram.isfinite().all():
-            raise OptionError("gram is not finite: a gradient in it was not, or was zero")
+        if gram is not None:
+            _check_gram(gram, size)
         self.statistics, self.size, self.normalize = statistics, size, normalize
         self.starts, self.tolerance, self.max_steps, self.seed = starts, tolerance, max_steps, seed
         self.score = HScore(statistics, shrinkage=shrinkage)
@@ -459,6 +460,23 @@ def jackknife_std(weights_without_fold: Tensor) -> Tensor:
     """Standard error of α [M] by the delete-one-group jackknife, from `WeightProblem.jackknife` [folds, M]."""
     folds = len(weights_without_fold)
     return ((folds - 1) * weights_without_fold.var(dim=0, correction=0)).sqrt()
+
+
+def _check_gram(gram: Tensor, size: int) -> None:
+    """OptionError for anything that cannot be the cosines between as many vectors."""
+    if not is_floating(gram, 2) or tuple(gram.shape) != (size, size):
+        raise OptionError(f"gram must be floating point [{size}, {size}] for {size} prompts, got {kind_of(gram)}")
+    if not bool(gram.isfinite().all()):
+        raise OptionError("gram is not finite: a gradient in it was not, or was zero")
+    own = gram.detach().double().cpu()
+    diagonal = own.diagonal()
+    symmetric = bool(((own - own.T).abs() <= _GRAM_ROUNDING).all())
+    normalised = bool((((diagonal - 1).abs() <= _GRAM_ROUNDING) | (diagonal == 0)).all())
+    if not (symmetric and normalised and float(torch.linalg.eigvalsh(own)[0]) >= -_GRAM_ROUNDING):
+        raise OptionError(
+            "gram is no Gram matrix of normalised gradients (symmetric, 1 on the diagonal or 0 for a prompt without a "
+            "gradient, no negative eigenvalue): hgprompt.objective.gram_of makes one"
+        )
 
 
 def check_problem(shrinkage: Shrinkage, starts: int, tolerance: float, max_steps: int, seed: int) -> None:

@@ -127,7 +127,7 @@ class EnsembleResult:
         from hgprompt.files import read_safetensors
 
         path = Path(directory)
-        path = path if path.name == _DATA_FILE else path / _DATA_FILE
+        path = path if path.is_file() or path.name == _DATA_FILE else path / _DATA_FILE
         tensors, record = read_safetensors(path)
         if record.get("format") != "hgprompt-ensemble" or record.get("version") != _VERSION:
             raise FileFormatError(
@@ -215,12 +215,17 @@ def _check_types(fields: dict[str, Any]) -> None:
     for name in ("n_images", "n_classes", "n_gradient_images", "kept_bytes"):
         if type(fields[name]) is not int or fields[name] < 0:
             raise TypeError(f"{name} is no count")
+    for name in ("h_score", "alignment_loss", "gap", "lam", "shrinkage_intensity"):
+        if fields[name] < -1e-6:  # but for rounding; NaN where there is none
+            raise TypeError(f"{name} is negative")
     for name in fields["names"]:
         check_name(name)
     if not fields["names"] or len(set(fields["names"])) != len(fields["names"]):
         raise TypeError("there are no names, or one stands twice")
     if not all(type(c) is int and 0 <= c < 2**63 for c in fields["classes"]):
         raise TypeError("classes are integers")
+    if len(fields["classes"]) != fields["n_classes"]:
+        raise TypeError(f"{len(fields['classes'])} classes, where n_classes is {fields['n_classes']}")
     reason = fields["stop_reason"]
     if not isinstance(reason, str) or len(reason) > 200 or not reason.isprintable():
         raise TypeError("stop_reason is no text")

@@ -205,6 +205,8 @@ class EnsembleStatistics:
         Raises:
             StatisticsError: other prompts, feature widths or folds, or no room; nothing is changed then.
         """
+        if not isinstance(other, EnsembleStatistics):
+            raise StatisticsError(f"only EnsembleStatistics can be merged, got {type(other).__name__}")
         self._finite.finish()
         other._finite.finish()
         if other._shape is None:
@@ -325,6 +327,8 @@ class EnsembleStatistics:
         Raises:
             StatisticsError: the state is of another version or number of folds, or contradicts itself.
         """
+        if not isinstance(state, Mapping):
+            raise StatisticsError(f"a state is a mapping, as `state_dict` makes it, got {type(state).__name__}")
         if state.get("version") != 1 or state.get("folds") != self.folds:
             raise StatisticsError(
                 f"state has version {state.get('version')} and {state.get('folds')} folds; expected 1 and {self.folds}"

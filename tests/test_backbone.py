@@ -195,6 +195,12 @@ def test_models_that_were_changed_are_refused(change, reason):
         FrozenViT.from_timm(_with(change)())
 
 
+class _NoConvolution(timm.layers.PatchEmbed):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.proj = torch.nn.Identity()
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -207,6 +213,9 @@ def test_models_that_were_changed_are_refused(change, reason):
         (lambda: literal.tiny_vit(attn_layer="diff"), r"blocks\.0\.attn.*DiffAttention"),
         (lambda: literal.tiny_vit(act_layer=torch.nn.Mish), r"mlp\.act.*Mish"),
         (lambda: literal.tiny_vit(global_pool="max"), "global_pool='max'"),
+        (lambda: timm.create_model("vit_tiny_r_s16_p8_224", depth=1), "HybridEmbed"),
+        (lambda: literal.tiny_vit(embed_layer=_NoConvolution), "_NoConvolution"),
+        (lambda: literal.tiny_vit().to("meta"), "meta device"),
         (lambda: literal.tiny_vit(norm_layer=timm.layers.SimpleNorm), r"norm1.*SimpleNorm"),
         (
             lambda: _OwnForward(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2),

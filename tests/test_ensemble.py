@@ -292,6 +292,15 @@ def test_prompt_forms_and_names():
     assert single.weights.tolist() == [1.0]
 
 
+def test_a_head_without_a_graph_is_named():
+    def head(features):
+        with torch.no_grad():
+            return features[:, :C]
+
+    with pytest.raises(OptionError, match="no gradient in the prompts"):
+        fast_ensemble(_prompts(), _batches(*_task()), backbone=literal.tiny_vit().double(), head=head)
+
+
 def test_leaves_no_trace_in_an_embedding_program(capfd):
     model = literal.tiny_vit().train()
     model.norm.weight.requires_grad_(False)

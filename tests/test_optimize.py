@@ -152,6 +152,25 @@ def test_a_gram_matrix_that_is_not_finite():
         WeightProblem(statistics_of(*data(30, 2, 4, 3)), torch.full((2, 2), float("nan")))
 
 
+@pytest.mark.parametrize(
+    "gram",
+    [
+        torch.eye(2).numpy(), torch.eye(2).int(), torch.eye(3), -torch.eye(2), 2 * torch.eye(2),
+        torch.tensor([[1.0, 0.5], [0.2, 1.0]]), torch.tensor([[1.0, 1.5], [1.5, 1.0]]),
+        torch.tensor([[0.0, 0.5], [0.5, 1.0]]),
+    ],
+    ids=["array", "integers", "shape", "negative", "not normalised", "asymmetric", "no cosines", "of a dead prompt"],
+)  # fmt: skip
+def test_what_is_no_gram_matrix_is_refused(gram):
+    with pytest.raises(OptionError, match="gram"):
+        WeightProblem(statistics_of(*data(30, 2, 4, 3)), gram)
+
+
+def test_features_are_no_statistics():
+    with pytest.raises(OptionError, match="EnsembleStatistics, got Tensor"):
+        optimize_weights(torch.randn(2, 30, 4))
+
+
 @pytest.mark.parametrize("width", [6, 130])
 def test_a_pool_without_a_prompt_is_that_pool(width):
     features, labels = data(80, 4, width, 3)

@@ -55,6 +55,12 @@ def test_text_says_the_weights(result):
     assert "at most 2" in str(result)
 
 
+def test_a_file_by_another_name(result, tmp_path):
+    result.save(tmp_path)
+    renamed = (tmp_path / "ensemble.safetensors").rename(tmp_path / "mine.safetensors")
+    assert torch.equal(EnsembleResult.load(renamed).weights, result.weights)
+
+
 def test_damaged_and_foreign_files(result, tmp_path):
     with pytest.raises(FileFormatError, match="does not exist"):
         EnsembleResult.load(tmp_path)
@@ -90,6 +96,9 @@ HARMFUL = {
     "one name for two": lambda t, r: r | {"names": ["a", "a"]},
     "a name that steers": lambda t, r: r | {"names": ["a", "\x1b[2J"]},
     "no names": lambda t, r: r | {"names": []},
+    "more classes than there are": lambda t, r: r | {"n_classes": 1},
+    "a negative gap": lambda t, r: r | {"gap": -5.0},
+    "a negative H": lambda t, r: r | {"h_score": -5.0},
     "no class": lambda t, r: r | {"classes": [-1]},
     "a reason that steers": lambda t, r: r | {"stop_reason": "\x1b[2J"},
 }

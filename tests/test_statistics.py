@@ -285,3 +285,11 @@ def test_states_that_are_none(change):
     state = {k: v for k, v in (statistics.state_dict() | change).items() if v is not ...}
     with pytest.raises(StatisticsError, match=r"^state "):
         EnsembleStatistics(folds=2).load_state_dict(state)
+
+
+def test_what_is_no_statistics_is_refused():
+    statistics = EnsembleStatistics()
+    with pytest.raises(StatisticsError, match="merged, got str"):
+        statistics.merge("others")
+    with pytest.raises(StatisticsError, match="mapping"):
+        statistics.load_state_dict(5)
