@@ -77,4 +77,5 @@ def _is_traced(inputs: tuple[Any, ...]) -> bool:
         any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in inputs)
         or is_in_torch_dispatch_mode()
         or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
     )

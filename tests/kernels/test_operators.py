@@ -77,6 +77,7 @@ class Watching(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_who_watches_operators_sees_one(name):
     operator, make = CASES[name]
@@ -92,6 +93,7 @@ def test_who_watches_operators_sees_one(name):
 
     graph = make_fx(of_tensors)(*tensors)
     assert f"hgprompt.{name}.default" in {str(node.target) for node in graph.graph.nodes}
+    assert f"hgprompt::{name}" in str(torch.jit.trace(of_tensors, tuple(tensors)).graph)
     mode = FakeTensorMode()
     fakes = of_tensors(*(mode.from_tensor(x) for x in tensors))  # outside of the mode: the tensors are what tells
     assert [x.shape for x in fakes] == [x.shape for x in operator(*inputs)]
