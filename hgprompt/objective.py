@@ -43,6 +43,7 @@ Shrinkage = Literal["auto", "ledoit-wolf", "oas"] | float
 _SMALLEST, _LARGEST = 1e-30, 1e30
 # An intensity below is lost in the rounding of a singular covariance: it counts as 0.
 _SINGULAR_BELOW = 1e-13
+_GRAM_ROUNDING = 1e-3  # of cosines in bfloat16, and no mistake
 
 
 def h_score(features: Tensor, labels: Tensor, *, shrinkage: Shrinkage = "auto") -> Tensor:
@@ -135,6 +136,38 @@ def gram_of(gradients: Tensor) -> Tensor:
     """
     _check_gradients(gradients)
     return (gram if gradients.is_cuda else gram_reference)(gradients)
+
+
+def of_unit_gradients(gram: Tensor, size: int) -> Tensor:
+    """The Gram matrix [M, M] of the same gradients, each of length 1 (Eq. 9), float64, on the CPU.
+
+    Raises:
+        OptionError: it can be of no gradients.
+    """
+    if not is_floating(gram, 2) or tuple(gram.shape) != (size, size):
+        raise OptionError(f"gram must be floating point [{size}, {size}] for {size} prompts, got {kind_of(gram)}")
+    if not bool(gram.isfinite().all()):
+        raise OptionError("gram is not finite: a gradient in it was not, or was zero")
+    own = gram.detach().double().cpu()
+    squares = own.diagonal()
+    dead = squares == 0
+    if bool((dead | ((squares - 1).abs() <= _GRAM_ROUNDING)).all()):
+        unit = own
+    else:
+        scale = squares.clamp_min(1e-300).rsqrt()
+        unit = scale[:, None] * own * scale
+    possible = (
+        bool((squares >= 0).all())
+        and not bool(own[dead].any())
+        and bool(((unit - unit.T).abs() <= _GRAM_ROUNDING).all())
+        and float(torch.linalg.eigvalsh(unit)[0]) >= -_GRAM_ROUNDING
+    )
+    if not possible:
+        raise OptionError(
+            "gram is no Gram matrix of gradients: it must be symmetric and have no negative eigenvalue "
+            "(hgprompt.objective.gram_of makes one)"
+        )
+    return unit
 
 
 def _check_gradients(gradients: Tensor) -> None:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hgprompt import simplex
-from hgprompt.arguments import is_floating, kind_of, real, whole
+from hgprompt.arguments import real, whole
 from hgprompt.errors import DataError, OptionError, PromptError, StatisticsError
-from hgprompt.objective import Alignment, HScore, Objective, Shrinkage, check_shrinkage
+from hgprompt.objective import Alignment, HScore, Objective, Shrinkage, check_shrinkage, of_unit_gradients
 from hgprompt.reduced_basis import ReducedHScore
 from hgprompt.simplex import Function, Minimum, Vector
 from hgprompt.statistics import EnsembleStatistics
@@ -31,7 +31,6 @@ MAX_LAM = 1e9
 _ROUNDS = 50
 _SAME = 0.02  # local minima nearer than this (L1) count as one
 _JACKKNIFE_STARTS = 3
-_GRAM_ROUNDING = 1e-3  # of cosines in bfloat16, and no mistake
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def optimize_weights(
 
     Args:
         statistics: of one pass, see `EnsembleStatistics`.
-        gram: K [M, M] of the normalised gradients (`gram_of`); None: the H-score alone.
+        gram: K [M, M] of the gradients (`gram_of`), normalised here; None: the H-score alone.
         lam: λ ≥ 0.
         shrinkage: as for `h_score`.
         normalize: divide H by C-1, its largest value; False: Eq. 12 to the letter.
@@ -134,12 +133,10 @@ class WeightProblem:
         if not isinstance(statistics, EnsembleStatistics):
             raise OptionError(f"statistics must be EnsembleStatistics, got {type(statistics).__name__}")
         size = statistics.num_prompts
-        if gram is not None:
-            _check_gram(gram, size)
         self.statistics, self.size, self.normalize = statistics, size, normalize
         self.starts, self.tolerance, self.max_steps, self.seed = starts, tolerance, max_steps, seed
+        self.alignment = None if gram is None else Alignment(of_unit_gradients(gram, size).numpy())
         self.score = HScore(statistics, shrinkage=shrinkage)
-        self.alignment = None if gram is None else Alignment(_array(gram))
         self._reduced: ReducedHScore | None = None
         capacity = ReducedHScore.capacity_for(self.score)
         self.uniform_h_score, uniform_z = self.score.evaluate(np.full(size, 1 / size))
@@ -251,7 +248,9 @@ class WeightProblem:
         folds = self.statistics.folds
         if folds < 2 or self.statistics.num_images < 2 * folds:
             return torch.full((folds, self.size), torch.nan, dtype=torch.float64, device="cpu")
-        alignments = [None if fold_grams is None else Alignment(_array(fold_grams[k])) for k in range(folds)]
+        alignments: list[Alignment | None] = [None] * folds
+        if fold_grams is not None:
+            alignments = [Alignment(of_unit_gradients(fold_grams[k], self.size).numpy()) for k in range(folds)]
         if solver == "projected-gradient":
             uniform = np.full(self.size, 1 / self.size)
             rows = []
@@ -462,23 +461,6 @@ def jackknife_std(weights_without_fold: Tensor) -> Tensor:
     return ((folds - 1) * weights_without_fold.var(dim=0, correction=0)).sqrt()
 
 
-def _check_gram(gram: Tensor, size: int) -> None:
-    """OptionError for anything that cannot be the cosines between as many vectors."""
-    if not is_floating(gram, 2) or tuple(gram.shape) != (size, size):
-        raise OptionError(f"gram must be floating point [{size}, {size}] for {size} prompts, got {kind_of(gram)}")
-    if not bool(gram.isfinite().all()):
-        raise OptionError("gram is not finite: a gradient in it was not, or was zero")
-    own = gram.detach().double().cpu()
-    diagonal = own.diagonal()
-    symmetric = bool(((own - own.T).abs() <= _GRAM_ROUNDING).all())
-    normalised = bool((((diagonal - 1).abs() <= _GRAM_ROUNDING) | (diagonal == 0)).all())
-    if not (symmetric and normalised and float(torch.linalg.eigvalsh(own)[0]) >= -_GRAM_ROUNDING):
-        raise OptionError(
-            "gram is no Gram matrix of normalised gradients (symmetric, 1 on the diagonal or 0 for a prompt without a "
-            "gradient, no negative eigenvalue): hgprompt.objective.gram_of makes one"
-        )
-
-
 def check_problem(shrinkage: Shrinkage, starts: int, tolerance: float, max_steps: int, seed: int) -> None:
     """Raise OptionError for what no `WeightProblem` can be made of."""
     real("tolerance", tolerance)
@@ -521,7 +503,3 @@ def _distinct(points: Sequence[Vector], functions: Sequence[Function] | None = N
             leaders.append(k)
         leader_of.append(near[0] if near else len(leaders) - 1)
     return leaders, leader_of
-
-
-def _array(tensor: Tensor) -> Vector:
-    return tensor.detach().to("cpu", torch.float64).numpy()

@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 
 from hgprompt import reduced_basis, simplex
 from hgprompt.errors import OptionError
-from hgprompt.objective import Alignment, HScore, Objective
+from hgprompt.objective import Alignment, HScore, Objective, gram_of
 from hgprompt.optimize import WeightProblem, jackknife_std, optimize_weights
 from hgprompt.statistics import EnsembleStatistics
 
@@ -155,15 +155,24 @@ def test_a_gram_matrix_that_is_not_finite():
 @pytest.mark.parametrize(
     "gram",
     [
-        torch.eye(2).numpy(), torch.eye(2).int(), torch.eye(3), -torch.eye(2), 2 * torch.eye(2),
+        torch.eye(2).numpy(), torch.eye(2).int(), torch.eye(3), -torch.eye(2),
         torch.tensor([[1.0, 0.5], [0.2, 1.0]]), torch.tensor([[1.0, 1.5], [1.5, 1.0]]),
         torch.tensor([[0.0, 0.5], [0.5, 1.0]]),
     ],
-    ids=["array", "integers", "shape", "negative", "not normalised", "asymmetric", "no cosines", "of a dead prompt"],
+    ids=["array", "integers", "shape", "negative", "asymmetric", "no cosines", "of a dead prompt"],
 )  # fmt: skip
 def test_what_is_no_gram_matrix_is_refused(gram):
     with pytest.raises(OptionError, match="gram"):
         WeightProblem(statistics_of(*data(30, 2, 4, 3)), gram)
+
+
+def test_gradients_of_any_length_are_normalised():
+    statistics = statistics_of(*data(60, 3, 5, 3))
+    gradients = torch.randn(3, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = optimize_weights(statistics, gram_of(gradients), lam=0.5).weights
+    gradients *= torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64)[:, None]
+    found = optimize_weights(statistics, gradients @ gradients.T, lam=0.5).weights
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # the gap at which both stop
 
 
 def test_features_are_no_statistics():
