@@ -66,12 +66,7 @@ def median_ms(function, rounds=3 if REHEARSE else 20, warm_up=1 if REHEARSE else
     for _ in range(warm_up):
         function()
     if DEVICE != "cuda":
-        times = []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            function()
-            times.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(times)
+        return host_ms(function, rounds)
     flush = torch.empty(1 << 28, dtype=torch.uint8, device=DEVICE)
     events = []
     for _ in range(rounds):

@@ -146,9 +146,9 @@ def of_unit_gradients(gram: Tensor, size: int) -> Tensor:
     """
     if not is_floating(gram, 2) or tuple(gram.shape) != (size, size):
         raise OptionError(f"gram must be floating point [{size}, {size}] for {size} prompts, got {kind_of(gram)}")
-    if not bool(gram.isfinite().all()):
-        raise OptionError("gram is not finite: a gradient in it was not, or was zero")
     own = gram.detach().double().cpu()
+    if not bool(own.isfinite().all()):
+        raise OptionError("gram is not finite: a gradient in it was not, or was zero")
     squares = own.diagonal()
     dead = squares == 0
     if bool((dead | ((squares - 1).abs() <= _GRAM_ROUNDING)).all()):

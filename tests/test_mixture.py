@@ -40,6 +40,7 @@ def test_folds_left_out_of_a_score(keep):
     for k, (value, gradient) in enumerate(score.without_folds(WEIGHTS.numpy())):
         expected = HScore(statistics, shrinkage=0.1, without_fold=k)(WEIGHTS.numpy())
         assert value == pytest.approx(expected[0], rel=1e-9)
+        # Steps of 1e-5: the differences are off by their square, and by float64's rounding of H over the step.
         np.testing.assert_allclose(gradient, expected[1], rtol=1e-8, atol=1e-10)
 
 
