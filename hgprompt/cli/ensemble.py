@@ -121,6 +121,10 @@ def ensemble(
         return
     show.print_ensemble(result, options.task_name(data))
     show.print_files(files)
+    tune = ["hgprompt", "tune", data]
+    for option, value in {"--backbone": backbone, "--weights": weights}.items():
+        tune += [] if value is None else [option, str(value)]
+    show.print_starts(tune, out, f"{pool}:{result.best_single}")
 
 
 def _shrinkage(text: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,18 @@ def print_json(record: dict[str, Any]) -> None:
 def print_files(files: Sequence[Path]) -> None:
     """The names of the files written, one per line."""
     typer.echo("wrote " + "\n      ".join(map(str, files)))
+
+
+def print_starts(tune: Sequence[str], mixture: Path, best_single: str) -> None:
+    """What to tune from now: the paper's start, and the one that led where images or epochs were few.
+
+    tune: the command without its start. best_single: POOL:NAME of the prompt of the highest H.
+    """
+    typer.echo(
+        f"tune from the mixture:\n  {shlex.join([*tune, '--start', str(mixture)])}\n"
+        "with few images or epochs, from the prompt of the highest H under a fitted head, which led on real tasks:\n"
+        f"  {shlex.join([*tune, '--start', best_single, '--head', 'fitted'])}"
+    )
 
 
 def ensemble_numbers(result: EnsembleResult) -> dict[str, Any]:

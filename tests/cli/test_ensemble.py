@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -70,6 +71,13 @@ def test_ensemble_and_inspect(place, here):
     assert "24 images of 3 classes" in done.out
     assert "birds" not in done.out
     assert sorted(os.listdir(place / "out")) == ["ensemble.png", "ensemble.safetensors", "report.json"]
+    starts = [shlex.split(line) for line in done.out.splitlines() if line.startswith("  hgprompt tune ")]
+    best = EnsembleResult.load(place / "out").best_single
+    assert [start[-1] for start in starts] == ["out", "fitted"]
+    assert f"pool.safetensors:{best}" in starts[1]
+    for number, (_, *command) in enumerate(starts):  # as they are printed, they can be run
+        tuned = here(place, *command, "--epochs", "1", "--device", "cpu", "-o", f"tuned{number}")
+        assert tuned.code == 0, tuned.err
     again = here(place, "inspect", "out")
     assert again.code == 0
     assert "cats" in again.out
