@@ -61,10 +61,11 @@ def reproduce(
         str, typer.Option(help="Of the repetitions, with commas.", rich_help_panel=_PROTOCOL)
     ] = "42,44,82",
     grid: Annotated[
-        Literal["full", "rates", "quick"],
+        Literal["full", "rates", "quick", "quick-adamw"],
         typer.Option(
             help="What competes on the validation images: VPT's 10 rates × 4 weight decays; for short budgets those "
-            "10, or 4 of them. Methods that train the network have rates of their own, larger ones for short budgets.",
+            "10, or 4 of them (quick-adamw: 4 for AdamW instead of SGD, for prompts). Methods that train the network "
+            "have rates of their own, larger ones for short budgets.",
             rich_help_panel=_PROTOCOL,
         ),
     ] = "full",

@@ -19,6 +19,9 @@ _KINDS: dict[str, Callable[[str, Any], float]] = {
 }  # fmt: skip
 
 
+Optimizer = Literal["sgd", "adamw"]
+
+
 @dataclass(frozen=True)
 class TuneConfig:
     """How a prompt and its head are tuned; the defaults are VPT's recipe.
@@ -37,7 +40,7 @@ class TuneConfig:
 
     epochs: int = 100
     batch_size: int = 64
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Optimizer = "sgd"
     lr: float = 1.0
     head_lr: float | None = None
     weight_decay: float = 1e-4

@@ -81,10 +81,10 @@ class Method(ABC):
     """One way to use a frozen ViT on a new task.
 
     Attributes:
-        name: as the paper's Table 1 prints it. kind: whose learning-rate grid it takes: "prompt" (SGD), "linear" (SGD)
-            or "fine-tune" (AdamW). uses_pool: whether it needs source prompts. runs_at_once: as many runs as should
-            train side by side, for memory's sake; None: as many as are usual for its kind. revision: raised where the
-            same options give other numbers than before, so that a table does not mix them.
+        name: as the paper's Table 1 prints it. kind: which grid of `protocol.GRIDS` it takes: "prompt", "linear" or
+            "fine-tune". uses_pool: whether it needs source prompts. runs_at_once: as many runs as should train side by
+            side, for memory's sake; None: as many as are usual for its kind. revision: raised where the same options
+            give other numbers than before, so that a table does not mix them.
     """
 
     name: str

@@ -23,7 +23,7 @@ from hgprompt.files import digest_of_tensors, make_directory, read_json, write_t
 from hgprompt.progress import Progress, Reporter
 from hgprompt.result import is_number
 from hgprompt.tuning.checkpoint import digest_of_images
-from hgprompt.tuning.config import TuneConfig
+from hgprompt.tuning.config import Optimizer, TuneConfig
 from hgprompt.tuning.method import Cost, Method, Prepared, Setting, identified
 from hgprompt.tuning.prompts import identity_of
 from hgprompt.tuning.trainer import Images, Trained, train
@@ -34,42 +34,47 @@ SEEDS = (42, 44, 82)
 
 @dataclass(frozen=True)
 class Grid:
-    """Base learning rates and weight decays that compete."""
+    """Base learning rates and weight decays that compete, under one optimiser."""
 
     rates: tuple[float, ...]
     decays: tuple[float, ...]
+    optimizer: Optimizer = "sgd"
 
-    def configs(self, config: TuneConfig, kind: str) -> list[TuneConfig]:
-        """The grid's points: everything else is config's, but the optimiser, which goes with the kind of method."""
-        optimizer: Any = "adamw" if kind == "fine-tune" else "sgd"
+    def configs(self, config: TuneConfig) -> list[TuneConfig]:
+        """The grid's points: everything else is config's."""
         return [
-            dataclasses.replace(config, lr=lr, head_lr=None, weight_decay=decay, optimizer=optimizer)
+            dataclasses.replace(config, lr=lr, head_lr=None, weight_decay=decay, optimizer=self.optimizer)
             for lr, decay in itertools.product(self.rates, self.decays)
         ]
 
 
 _DECAYS = (0.01, 0.001, 0.0001, 0.0)
-_PROMPT_RATES = (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
+_RATES = (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
+_QUICK = Grid((25.0, 10.0, 2.5, 0.5), (0.0001,))
 _FINE_TUNE_RATES = (0.005, 0.001, 0.0005, 0.0001)
+_QUICK_FINE_TUNE = Grid((0.32, 0.08, 0.02, 0.005, 0.001), (0.0001,), "adamw")
 GRIDS: dict[str, dict[str, Grid]] = {
     "full": {
-        "prompt": Grid(_PROMPT_RATES, _DECAYS),
-        "linear": Grid(_PROMPT_RATES, _DECAYS),
-        "fine-tune": Grid(_FINE_TUNE_RATES, _DECAYS),
+        "prompt": Grid(_RATES, _DECAYS),
+        "linear": Grid(_RATES, _DECAYS),
+        "fine-tune": Grid(_FINE_TUNE_RATES, _DECAYS, "adamw"),
     },
     "rates": {
-        "prompt": Grid(_PROMPT_RATES, (0.0001,)),
-        "linear": Grid(_PROMPT_RATES, (0.0001,)),
-        "fine-tune": Grid((0.32, 0.16, 0.08, 0.04, 0.02, 0.01, *_FINE_TUNE_RATES), (0.0001,)),
+        "prompt": Grid(_RATES, (0.0001,)),
+        "linear": Grid(_RATES, (0.0001,)),
+        "fine-tune": Grid((0.32, 0.16, 0.08, 0.04, 0.02, 0.01, *_FINE_TUNE_RATES), (0.0001,), "adamw"),
     },
-    "quick": {
-        "prompt": Grid((25.0, 10.0, 2.5, 0.5), (0.0001,)),
-        "linear": Grid((25.0, 10.0, 2.5, 0.5), (0.0001,)),
-        "fine-tune": Grid((0.32, 0.08, 0.02, 0.005, 0.001), (0.0001,)),
+    "quick": {"prompt": _QUICK, "linear": _QUICK, "fine-tune": _QUICK_FINE_TUNE},
+    "quick-adamw": {
+        "prompt": Grid((1.28, 0.32, 0.08, 0.02), (0.0001,), "adamw"),
+        "linear": _QUICK,
+        "fine-tune": _QUICK_FINE_TUNE,
     },
 }
 """By name and kind of method: "full" is VPT's; "rates" has its rates and one weight decay; "quick" has four. The last
-two are for short budgets, for which VPT's largest rate of trained networks is too small: theirs are larger."""
+two are for short budgets, for which VPT's largest rate of trained networks is too small: theirs are larger.
+"quick-adamw" is "quick" with AdamW for prompts, as ATTEMPT's authors train theirs (0.3 at a batch of 64 is a base rate
+of 1.2)."""
 
 _FORMAT, _VERSION, _MAX_BYTES = "hgprompt-judged", 1, 2**22
 # A run of a prompt is a few numbers, one of a fine-tuned network may be a copy of the network.
@@ -155,7 +160,7 @@ def select_and_retrain(
     Args:
         method: to be judged. setting800: with train800 as its images. setting1000: with train800val200.
         val200, test: images to choose on, and to report.
-        grid: "full", "rates", "quick", or base rates and decays.
+        grid: one of `GRIDS`, or base rates and decays.
         seeds: of the final runs; the first is that of the selection.
         config: epochs, batch size, warm-up and dropout of every run; None: TuneConfig().
         runs_at_once: grid points that train side by side; None: the method's own number, else 64 for prompts and heads,
@@ -172,7 +177,7 @@ def select_and_retrain(
         if grid not in GRIDS:
             raise OptionError(f"grid must be one of {sorted(GRIDS)} or a Grid, got {grid!r}")
         grid = GRIDS[grid][method.kind]
-    points = grid.configs(config or TuneConfig(), method.kind)
+    points = grid.configs(config or TuneConfig())
     if not seeds or not points:
         raise OptionError("the protocol needs at least one seed, one rate and one decay")
     points = [dataclasses.replace(point, seed=seeds[0]) for point in points]

@@ -147,6 +147,8 @@ def test_fig3_leaves_out_a_targets_own_prompt_and_fig4_does_not(reproduce, out):
             weights = {r["source"]: float(r["weight"]) for r in rows if (r["method"], r["target"]) == (method, target)}
             assert set(weights) == {"ants", "bees", "cats", "owls"}
             assert sum(weights.values()) == pytest.approx(1)
+    identity = json.loads((out / "cells" / "weights.ATTEMPT.ants.json").read_text())["identity"]
+    assert identity["config"]["optimizer"] == "adamw"  # its authors' rate is one of AdamW
     assert _is_picture(out / "fig4.png")
 
 
