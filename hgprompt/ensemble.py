@@ -28,7 +28,7 @@ from hgprompt.inputs import Prompts, digest, gpu_of, num_batches, resolve
 from hgprompt.kernels.gram import grams, grams_reference
 from hgprompt.objective import Shrinkage
 from hgprompt.one_pass import READING, Pass
-from hgprompt.optimize import Solution, Solver, WeightProblem, check_problem, check_question, jackknife_std
+from hgprompt.optimize import Solution, Solver, WeightProblem, check_lam, check_problem, jackknife_std
 from hgprompt.progress import Progress, Reporter
 from hgprompt.result import EnsembleResult
 from hgprompt.sample import ImageSample
@@ -158,8 +158,8 @@ def fast_ensemble(
             tolerance = None if tolerance is None else real("tolerance", tolerance)
             checkpoint_every = real("checkpoint_every", checkpoint_every)
             micro_batch = None if micro_batch is None else whole("micro_batch", micro_batch)
-            check_question(lam, solver, learning_rate)
-            check_problem(shrinkage, starts, gap_tolerance, max_steps, seed)
+            check_lam(lam)
+            check_problem(shrinkage, solver, starts, gap_tolerance, max_steps, learning_rate, seed)
             _check_pass_options(lam, gradient_images, folds, head, shard, micro_batch)
             rule = None if tolerance is None else StopRule(tolerance, folds)
             pool, stack, vit = resolve(prompts, backbone, device, dtype)
@@ -229,11 +229,11 @@ def fast_ensemble(
                     return None
                 total, fold_grams = _grams(gradients, names)
                 problem = WeightProblem(
-                    of_all, total, shrinkage=shrinkage, normalize=normalize, starts=starts,
-                    tolerance=gap_tolerance, max_steps=max_steps, seed=seed,
+                    of_all, total, shrinkage=shrinkage, normalize=normalize, solver=solver, starts=starts,
+                    tolerance=gap_tolerance, max_steps=max_steps, learning_rate=learning_rate, seed=seed,
                 )  # fmt: skip
-                solution = problem.solve(lam, solver=solver, learning_rate=learning_rate)
-                without_fold = problem.jackknife(solution, fold_grams, lam, solver=solver, learning_rate=learning_rate)
+                solution = problem.solve(lam)
+                without_fold = problem.jackknife(solution, fold_grams, lam)
                 return _Answer(problem, solution, without_fold, total, count)
 
         def known(found: _Answer | None) -> bool:

@@ -241,6 +241,11 @@ class MomentMixture:
         """As for `FeatureMixture`, with the rounding of sums of second moments besides."""
         return bool(spread <= mixed_noise(self.noise, weights, self.spread))
 
+    def tells_apart(self, weights: Tensor) -> bool:
+        """Whether H of the mixture has an answer: at least two classes, and features that are not all the same."""
+        along = weights.to(self.traces)
+        return self.r.shape[1] >= 2 and not self.is_constant(weights, along @ self.traces @ along)
+
     def uniform(self) -> tuple[Tensor, Tensor]:
         """As for `FeatureMixture`."""
         mean = self.mean.mean(0)
@@ -363,15 +368,6 @@ def mixed_noise(noise: Tensor, weights: Tensor, spread: Tensor | None = None) ->
     if spread is None:
         return total
     return total + 1e-14 * (weights.abs() @ spread.clamp_min(0).sqrt()).square()
-
-
-def tells_apart(moments: Moments, weights: Tensor, dtype: torch.dtype) -> bool:
-    """Whether H of the mixture has an answer: at least two classes, and features that are not all the same."""
-    if len(moments.class_counts) < 2:
-        return False
-    mixture = MomentMixture(moments, dtype)
-    along = weights.to(mixture.traces)
-    return not mixture.is_constant(weights, along @ mixture.traces @ along)
 
 
 def square(f: Tensor) -> Tensor:

@@ -33,7 +33,6 @@ from hgprompt.mixture import (
     inverse_spread,
     rounding_noise,
     singular_below,
-    tells_apart,
 )
 from hgprompt.simplex import Function, Vector
 from hgprompt.statistics import EnsembleStatistics
@@ -278,11 +277,12 @@ class HScore:
             yield from zip(found[0].tolist(), found[1].cpu().numpy(), strict=True)
         else:
             for k in range(folds):
-                left, alpha = self._statistics.moments(k), torch.from_numpy(weights)
-                if not tells_apart(left, alpha, self._statistics.dtype):
+                moments, alpha = self._statistics.moments(k), torch.from_numpy(weights)
+                left = MomentMixture(moments, self._statistics.dtype) if moments.count else None
+                if left is None or not left.tells_apart(alpha):
                     yield math.nan, np.full_like(weights, math.nan)
                     continue
-                value, gradient = MomentMixture(left, self._statistics.dtype).value_and_gradient(alpha, a)
+                value, gradient = left.value_and_gradient(alpha, a)
                 yield value, gradient.cpu().numpy()
 
     def evaluate(self, weights: Vector) -> tuple[float, Tensor]:
@@ -378,9 +378,12 @@ class Objective:
 
     def __call__(self, weights: Vector) -> tuple[float, Vector]:
         """α [M] → value and gradient [M]."""
+        return self.of(self.h_score(weights), weights)
+
+    def of(self, h_score: tuple[float, Vector], weights: Vector) -> tuple[float, Vector]:
+        """The same with an H and its gradient from elsewhere: without a fold, say."""
         scale = 1 / (self.h_score.num_classes - 1) if self.normalize else 1.0
-        value, gradient = self.h_score(weights)
-        value, gradient = -scale * value, -scale * gradient
+        value, gradient = -scale * h_score[0], -scale * h_score[1]
         if self.alignment is not None and self.lam != 0:
             loss, slope = self.alignment(weights)
             value, gradient = value + self.lam * loss, gradient + self.lam * slope

@@ -99,12 +99,11 @@ def optimize_weights(
     Raises:
         DataError, PromptError: statistics that no H-score can be computed from. OptionError: bad arguments.
     """
-    check_question(lam, solver, learning_rate)
-    problem = WeightProblem(
-        statistics, gram, shrinkage=shrinkage, normalize=normalize, tolerance=tolerance, max_steps=max_steps,
-        starts=starts, seed=seed,
-    )  # fmt: skip
-    return problem.solve(lam, solver=solver, learning_rate=learning_rate)
+    check_lam(lam)
+    return WeightProblem(
+        statistics, gram, shrinkage=shrinkage, normalize=normalize, solver=solver, starts=starts, tolerance=tolerance,
+        max_steps=max_steps, learning_rate=learning_rate, seed=seed,
+    ).solve(lam)  # fmt: skip
 
 
 class WeightProblem:
@@ -114,7 +113,7 @@ class WeightProblem:
     (`hgprompt.reduced_basis`) in which all minimisations run; each answer is checked against the whole objective.
 
     Args:
-        statistics, gram, shrinkage, normalize, starts, tolerance, max_steps, seed: as for `optimize_weights`.
+        as for `optimize_weights`.
     """
 
     def __init__(
@@ -124,17 +123,20 @@ class WeightProblem:
         *,
         shrinkage: Shrinkage = "auto",
         normalize: bool = True,
+        solver: Solver = "quasi-newton",
         starts: int = 8,
         tolerance: float = 1e-6,
         max_steps: int = 200,
+        learning_rate: float = 0.005,
         seed: int = 0,
     ) -> None:
-        check_problem(shrinkage, starts, tolerance, max_steps, seed)
+        check_problem(shrinkage, solver, starts, tolerance, max_steps, learning_rate, seed)
         if not isinstance(statistics, EnsembleStatistics):
             raise OptionError(f"statistics must be EnsembleStatistics, got {type(statistics).__name__}")
         size = statistics.num_prompts
         self.statistics, self.size, self.normalize = statistics, size, normalize
         self.starts, self.tolerance, self.max_steps, self.seed = starts, tolerance, max_steps, seed
+        self.solver, self.learning_rate = solver, learning_rate
         self.alignment = None if gram is None else Alignment(of_unit_gradients(gram, size).numpy())
         self.score = HScore(statistics, shrinkage=shrinkage)
         self._reduced: ReducedHScore | None = None
@@ -156,23 +158,14 @@ class WeightProblem:
         """Standard error of H at α [M], see `hgprompt.uncertainty`."""
         return h_score_std(self.statistics, self.score, weights.numpy())
 
-    def solve(
-        self,
-        lam: float,
-        *,
-        warm: Sequence[Tensor] = (),
-        solver: Solver = "quasi-newton",
-        learning_rate: float = 0.005,
-    ) -> Solution:
+    def solve(self, lam: float, *, warm: Sequence[Tensor] = ()) -> Solution:
         """The best of several starts for one λ.
 
         Args:
             warm: weights [M] to start from too; what is found is no worse than they are.
-            lam, solver, learning_rate: as for `optimize_weights`.
         """
-        check_question(lam, solver, learning_rate)
-        starts = [w.numpy() for w in warm]
-        return self._solve(lam, self._everyone, warm=starts, solver=solver, learning_rate=learning_rate)
+        check_lam(lam)
+        return self._solve(lam, self._everyone, warm=[w.numpy() for w in warm])
 
     def path(self, lams: Sequence[float]) -> list[Solution]:
         """Solutions along λ, in the order given. The largest λ is solved first, where the problem is closest to
@@ -182,7 +175,7 @@ class WeightProblem:
         found: dict[float, Solution] = {}
         warm: list[Vector] = []
         for lam in sorted(set(lams), reverse=True):
-            check_question(lam)
+            check_lam(lam)
             found[lam] = self._solve(lam, self._everyone, warm=warm)
             warm = [found[lam].weights.numpy()]
         return [found[lam] for lam in lams]
@@ -220,15 +213,7 @@ class WeightProblem:
         warm = [self.solve(lam).weights.numpy()]
         return [self._solve(lam, np.delete(self._everyone, i), warm=warm) for i in range(self.size)]
 
-    def jackknife(
-        self,
-        solution: Solution,
-        fold_grams: Sequence[Tensor] | None,
-        lam: float,
-        *,
-        solver: Solver = "quasi-newton",
-        learning_rate: float = 0.005,
-    ) -> Tensor:
+    def jackknife(self, solution: Solution, fold_grams: Sequence[Tensor] | None, lam: float) -> Tensor:
         """Weights [folds, M] with each fold of the images left out, at the intensity of the whole.
 
         A fold's objective is taken to differ from the whole one by what its value and gradient differ by at the best
@@ -239,7 +224,7 @@ class WeightProblem:
         Args:
             solution: of `solve`, for the same λ.
             fold_grams: the Gram matrix without fold k, for every k; None: the H-score alone.
-            lam, solver, learning_rate: as for `solve`.
+            lam: as for `solve`.
 
         Returns:
             NaN where there are fewer than two folds, or fewer than two images to a fold; and in the row of a fold
@@ -251,23 +236,28 @@ class WeightProblem:
         alignments: list[Alignment | None] = [None] * folds
         if fold_grams is not None:
             alignments = [Alignment(of_unit_gradients(fold_grams[k], self.size).numpy()) for k in range(folds)]
-        if solver == "projected-gradient":
-            uniform = np.full(self.size, 1 / self.size)
+        whole = Objective(self.score, self.alignment, lam, self.normalize)
+        # λ stays what it is for the whole, also where a class has gone with the fold.
+        folded = [dataclasses.replace(whole, alignment=alignment) for alignment in alignments]
+        if self.solver == "projected-gradient":
             rows = []
-            for k, alignment in enumerate(alignments):
+            for k, objective in enumerate(folded):
                 try:
                     score = HScore(self.statistics, shrinkage=self.score.intensity, without_fold=k)
                 except (DataError, PromptError, StatisticsError):  # too little is left without the fold
                     rows.append(np.full(self.size, np.nan))
                     continue
-                # λ stays what it is for the whole, also where a class has gone with the fold.
-                function = Objective(_Scaled(score, self.score.num_classes), alignment, lam, self.normalize)
-                rows.append(self._minimize(function, uniform, solver, learning_rate).weights)
+
+                def without_fold(
+                    weights: Vector, objective: Objective = objective, score: HScore = score
+                ) -> tuple[float, Vector]:
+                    return objective.of(score(weights), weights)
+
+                rows.append(self._minimize(without_fold, np.full(self.size, 1 / self.size)).weights)
             return torch.from_numpy(np.stack(rows))
-        whole = Objective(self.score, self.alignment, lam, self.normalize)
         # The folds' minima are shown to the basis together: where it cannot hold them, it would begin again for each.
         reduced = self._reduced if self._reduced is not None and self._reduced.points_at_once >= folds else None
-        cheap = Objective(reduced or self.score, self.alignment, lam, self.normalize)
+        cheap = dataclasses.replace(whole, h_score=reduced or self.score)
         best = [(np.inf, np.full(self.size, np.nan)) for _ in range(folds)]
         for minimum in solution.diagnostics.local_minima[:_JACKKNIFE_STARTS].numpy():
             value, gradient = whole(minimum)  # not the cheap one, which may have forgotten it
@@ -275,8 +265,7 @@ class WeightProblem:
             for k, found_k in enumerate(self.score.without_folds(minimum)):
                 if not np.isfinite(found_k[0]):
                     continue
-                at_minimum = _Known(self.score.num_classes, *found_k)
-                value_k, gradient_k = Objective(at_minimum, alignments[k], lam, self.normalize)(minimum)
+                value_k, gradient_k = folded[k].of(found_k, minimum)
                 known.append(k)
                 tilted.append(_Tilted(cheap, minimum, value_k - value, gradient_k - gradient))
             if reduced is not None:
@@ -296,33 +285,25 @@ class WeightProblem:
         """The alignment of some prompts with their own mean."""
         return None if self.alignment is None else Alignment(self.alignment.gram[np.ix_(pool, pool)])
 
-    def _solve(
-        self,
-        lam: float,
-        pool: NDArray[np.int64],
-        *,
-        solver: Solver = "quasi-newton",
-        learning_rate: float = 0.005,
-        warm: Sequence[Vector] = (),
-    ) -> Solution:
+    def _solve(self, lam: float, pool: NDArray[np.int64], *, warm: Sequence[Vector] = ()) -> Solution:
         """Minimise over the prompts of a pool; the others have no weight."""
         alignment = self._alignment_of(pool)
-        reduced = self._reduced if solver == "quasi-newton" else None
+        reduced = self._reduced if self.solver == "quasi-newton" else None
         score = _PoolScore(reduced or self.score, pool, self.size)
         function = Objective(score, alignment, lam, self.normalize)
         before = self.score.evaluations
         starts = simplex.starting_points(function, len(pool), self.starts, self.seed)
-        minima = [self._minimize(function, start, solver, learning_rate) for start in starts]
+        minima = [self._minimize(function, start) for start in starts]
         for start in (simplex.project(w[pool]) for w in warm):
             if reduced is not None:  # exact there, it leads nowhere worse; else it may not see what is good about it
                 reduced.show(score.on_all(start))
-            minima.append(self._minimize(function, start, solver, learning_rate))
+            minima.append(self._minimize(function, start))
         if reduced is not None:
             minima = self._touch_down([function] * len(minima), minima, reduced, score)
         minima = [dataclasses.replace(m, weights=score.on_all(m.weights)) for m in minima]
         solution = self._solution(minima, alignment, self.score.evaluations - before, pool)
         found = solution.diagnostics
-        if not found.converged and solver != "projected-gradient":
+        if not found.converged and self.solver != "projected-gradient":
             logger.warning("α stopped at a gap of %.2g, above the tolerance of %.2g", found.gap, self.tolerance)
         return solution
 
@@ -360,13 +341,11 @@ class WeightProblem:
         found = [m for m in reached if m is not None]
         return [found[k] for k in leader_of]
 
-    def _minimize(
-        self, function: Function, start: Vector, solver: Solver = "quasi-newton", learning_rate: float = 0.0
-    ) -> Minimum:
-        if solver == "projected-gradient":
-            found = simplex.projected_gradient(function, start, learning_rate=learning_rate, steps=self.max_steps)
+    def _minimize(self, function: Function, start: Vector) -> Minimum:
+        if self.solver == "projected-gradient":
+            found = simplex.projected_gradient(function, start, learning_rate=self.learning_rate, steps=self.max_steps)
             return dataclasses.replace(found, converged=found.gap <= self.tolerance)  # which it does not stop at
-        if solver == "exponentiated-gradient":
+        if self.solver == "exponentiated-gradient":
             steps = 10 * self.max_steps
             return simplex.exponentiated_gradient(function, start, tolerance=self.tolerance, max_steps=steps)
         return simplex.quasi_newton(function, start, tolerance=self.tolerance, max_steps=self.max_steps)
@@ -419,29 +398,6 @@ class _PoolScore:
 
 
 @dataclass(frozen=True)
-class _Scaled:
-    """An H-score of fewer classes, beside one of `num_classes`."""
-
-    score: HScore
-    num_classes: int
-
-    def __call__(self, weights: Vector) -> tuple[float, Vector]:
-        return self.score(weights)
-
-
-@dataclass(frozen=True)
-class _Known:
-    """An H-score that was evaluated already, at the one place where it will be asked for."""
-
-    num_classes: int
-    value: float
-    gradient: Vector
-
-    def __call__(self, weights: Vector) -> tuple[float, Vector]:
-        return self.value, self.gradient
-
-
-@dataclass(frozen=True)
 class _Tilted:
     """A function plus a linear one that is known at a point."""
 
@@ -461,34 +417,35 @@ def jackknife_std(weights_without_fold: Tensor) -> Tensor:
     return ((folds - 1) * weights_without_fold.var(dim=0, correction=0)).sqrt()
 
 
-def check_problem(shrinkage: Shrinkage, starts: int, tolerance: float, max_steps: int, seed: int) -> None:
+def check_problem(
+    shrinkage: Shrinkage, solver: Solver, starts: int, tolerance: float, max_steps: int, learning_rate: float, seed: int
+) -> None:
     """Raise OptionError for what no `WeightProblem` can be made of."""
-    real("tolerance", tolerance)
+    for name, value in {"tolerance": tolerance, "learning_rate": learning_rate}.items():
+        real(name, value)
     for name, value in {"starts": starts, "max_steps": max_steps, "seed": seed}.items():
         whole(name, value)
     check_shrinkage(shrinkage)
+    if solver not in ("quasi-newton", "exponentiated-gradient", "projected-gradient"):
+        raise OptionError(
+            f"solver must be 'quasi-newton', 'exponentiated-gradient' or 'projected-gradient', got {solver!r}"
+        )
     if starts < 1:
         raise OptionError(f"starts must be at least 1, got {starts}")
     if not 0 <= tolerance < math.inf:
         raise OptionError(f"the tolerance of the Frank–Wolfe gap must be a number from 0 on, got {tolerance}")
     if max_steps < 1:
         raise OptionError(f"max_steps must be at least 1, got {max_steps}")
+    if not 0 < learning_rate < math.inf:
+        raise OptionError(f"learning_rate must be a number above 0, got {learning_rate}")
     if not 0 <= seed < 2**63:
         raise OptionError(f"seed must be from 0 to 2^63 - 1, got {seed}")
 
 
-def check_question(lam: float, solver: Solver = "quasi-newton", learning_rate: float = 0.005) -> None:
-    """Raise OptionError for what no problem can be asked."""
-    for name, value in {"lam": lam, "learning_rate": learning_rate}.items():
-        real(name, value)
-    if not 0 <= lam <= MAX_LAM:
+def check_lam(lam: float) -> None:
+    """Raise OptionError for a λ that no problem can be asked for."""
+    if not 0 <= real("lam", lam) <= MAX_LAM:
         raise OptionError(f"lam must be a number from 0 to {MAX_LAM:g}, got {lam}")
-    if solver not in ("quasi-newton", "exponentiated-gradient", "projected-gradient"):
-        raise OptionError(
-            f"solver must be 'quasi-newton', 'exponentiated-gradient' or 'projected-gradient', got {solver!r}"
-        )
-    if not 0 < learning_rate < math.inf:
-        raise OptionError(f"learning_rate must be a number above 0, got {learning_rate}")
 
 
 def _distinct(points: Sequence[Vector], functions: Sequence[Function] | None = None) -> tuple[list[int], list[int]]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hgprompt.mixture import FeatureMixture, MomentMixture, tells_apart
+from hgprompt.mixture import FeatureMixture, MomentMixture
 from hgprompt.moments import Moments, merged
 from hgprompt.objective import HScore
 from hgprompt.simplex import Vector
@@ -106,9 +106,9 @@ def _without_folds(by_fold: Sequence[Moments], intensity: float, dtype: torch.dt
     one = torch.ones(1, dtype=torch.float64, device="cpu")
     values = torch.full((len(by_fold),), torch.nan, dtype=torch.float64, device="cpu")
     for k in range(len(by_fold)):
-        left = merged(by_fold, k)
-        if tells_apart(left, one, dtype):
-            values[k] = MomentMixture(left, dtype).discriminants(one, intensity)[0]
+        left = MomentMixture(merged(by_fold, k), dtype)  # no fold is empty, so images are left
+        if left.tells_apart(one):
+            values[k] = left.discriminants(one, intensity)[0]
     return values
 
 

@@ -162,10 +162,10 @@ def _check_errors(problem, solution, labels):
 @pytest.mark.parametrize("name", ["five images", "two images and one", "identical prompts", "everything at once"])
 def test_the_other_solvers(name, solver, keep):
     features, labels = PROBLEMS[name]()
-    problem = WeightProblem(in_batches(features, labels, keep), starts=2, max_steps=20)
-    solution = problem.solve(0.0, solver=solver)
+    problem = WeightProblem(in_batches(features, labels, keep), solver=solver, starts=2, max_steps=20)
+    solution = problem.solve(0.0)
     assert _on_simplex(solution.weights)
-    rows = problem.jackknife(solution, None, 0.0, solver=solver)
+    rows = problem.jackknife(solution, None, 0.0)
     assert all(row.isnan().all() or _on_simplex(row) for row in rows)
 
 
@@ -174,8 +174,8 @@ def test_a_fold_that_takes_a_class_with_it_is_left_unknown(keep):
     features, _ = data(8, 3, 4, 2)
     labels = folds_in_order(torch.zeros(8))  # fold k holds all of class k
     for solver in ("quasi-newton", "projected-gradient"):
-        problem = WeightProblem(in_batches(features, labels, keep), starts=2, max_steps=20)
-        assert problem.jackknife(problem.solve(0.0, solver=solver), None, 0.0, solver=solver).isnan().all()
+        problem = WeightProblem(in_batches(features, labels, keep), solver=solver, starts=2, max_steps=20)
+        assert problem.jackknife(problem.solve(0.0), None, 0.0).isnan().all()
     assert np.isnan(problem.h_score_std(torch.from_numpy(WEIGHTS))) == (keep == "moments")
 
 

@@ -285,9 +285,8 @@ def test_lambda_means_the_same_without_the_fold_that_held_a_class():
     labels[statistics.next_folds(60) == 1] = torch.arange(20) % 3
     statistics.update(features, labels)
     gram = random_gram(3, seed=2, shared=0.3)
-    problem = WeightProblem(statistics, gram, max_steps=40)
-    options = {"solver": "projected-gradient", "learning_rate": 0.05}
-    rows = problem.jackknife(problem.solve(0.5, **options), [gram] * 3, 0.5, **options)
+    problem = WeightProblem(statistics, gram, max_steps=40, solver="projected-gradient", learning_rate=0.05)
+    rows = problem.jackknife(problem.solve(0.5), [gram] * 3, 0.5)
     score = HScore(statistics, shrinkage=problem.score.intensity, without_fold=1)
     assert (problem.score.num_classes, score.num_classes) == (3, 2)
 
