@@ -108,8 +108,7 @@ def _paired(lab: Lab, request: Request, records: Records) -> tuple[list[str], li
         if method == HGPROMPT:
             continue
         found = difference(ours, _accuracies(_of(lab, method, request, records)), tasks)
-        if found is not None:
-            rows.append([method, found.mean, found.error, found.p, found.ahead, found.ties, found.runs])
+        rows.append([method, found.mean, found.error, found.p, found.ahead, found.ties, found.runs])
     if not rows:
         return [], []
     file = lab.out / "table1-paired.csv"
@@ -147,7 +146,7 @@ def _write_accuracies(
         below += f" Mean ± standard deviation (n - 1) of {len(lab.plan.seeds)} seeds."
     remarks = [*remarks, *_at_the_edge(lab, request, records), *_diverged(lab, request, records)]
     files = _write_text(lab, name, table.markdown(), table.csv(), [below, *remarks])
-    rows = {n: [None if e is None else (e.mean, e.std or 0.0) for e in entries] for n, entries in table.rows.items()}
+    rows = {n: [(e.mean, e.std or 0.0) for e in entries] for n, entries in table.rows.items()}
     draw = plot_dots if len(rows) <= _FEW else plot_scores
     draw(table.columns, rows, EXPERIMENTS[name].title, lab.out / f"{name}.png")
     return [*files, lab.out / f"{name}.png"]
@@ -245,8 +244,8 @@ def _write_fig4(lab: Lab, request: Request, records: Records) -> list[Path]:
     for method, matrix in matrices.items():
         own = [matrix[t, sources.index(n)] for t, n in enumerate(request.targets) if n in sources]
         active = 1 / np.square(matrix).sum(1)
-        diagonal = _number(float(np.nanmean(own))) if own and np.isfinite(own).any() else "–"
-        lines.append([method, diagonal, _number(float(np.nanmean(active)), 1)])
+        diagonal = _number(float(np.mean(own))) if own else "–"
+        lines.append([method, diagonal, _number(float(active.mean()), 1)])
     table = markdown(["method", "mean weight of the target's own prompt", "effective number of sources"], lines)
     below = [
         f"Weights over all {len(sources)} source prompts, the target's own among them (the diagonal). Effective number "

@@ -36,7 +36,7 @@ def plot_weights(
     """Fig. 4: how much each method takes of every source for every target.
 
     Args:
-        weights: {method: [T, M]}, rows on the simplex; NaN where something is not finished.
+        weights: {method: [T, M]}, rows on the simplex.
         targets, sources: names of rows and columns.
 
     Raises:
@@ -138,7 +138,7 @@ def plot_lambda(curves: Mapping[str, Mapping[float, Sequence[float]]], path: str
 
 
 def plot_dots(
-    columns: Sequence[str], rows: Mapping[str, Sequence[tuple[float, float] | None]], title: str, path: str | Path
+    columns: Sequence[str], rows: Mapping[str, Sequence[tuple[float, float]]], title: str, path: str | Path
 ) -> None:
     """A table of few rows: each mean as a dot, with its deviation.
 
@@ -153,8 +153,8 @@ def plot_dots(
     for k, (name, entries) in enumerate(rows.items()):
         colour, _, marker = LINES[k % len(LINES)]
         shift = (k - (len(rows) - 1) / 2) * min(0.11, 0.8 / len(rows))
-        known = [(c + shift, *e) for c, e in enumerate(entries) if e is not None]
-        places, means, deviations = zip(*known, strict=True) if known else ((), (), ())
+        places = [c + shift for c in range(len(entries))]
+        means, deviations = zip(*entries, strict=True)
         axis.errorbar(
             places, means, yerr=deviations, fmt=marker, color=colour, markersize=5.5, elinewidth=1, capsize=2,
             label=shortened(name),
@@ -170,23 +170,21 @@ def plot_dots(
 
 
 def plot_scores(
-    columns: Sequence[str], rows: Mapping[str, Sequence[tuple[float, float] | None]], title: str, path: str | Path
+    columns: Sequence[str], rows: Mapping[str, Sequence[tuple[float, float]]], title: str, path: str | Path
 ) -> None:
     """A table of many rows: each mean as a number, its shade saying how far it is from the best of its column.
 
     Args and errors: as for `plot_dots`.
     """
-    means = np.array([[np.nan if e is None else e[0] for e in entries] for entries in rows.values()])
-    known = [column[np.isfinite(column)] for column in means.T]
-    behind = means - np.array([column.max() if len(column) else np.nan for column in known])
+    means = np.array([[mean for mean, _ in entries] for entries in rows.values()])
+    behind = means - means.max(axis=0)
     figure = new_figure(0.62 * len(columns) + 3.2, 0.33 * len(rows) + 1.9)
     axis = figure.subplots()
     picture = axis.imshow(behind, cmap="Blues", vmin=-20, vmax=0, aspect="auto")
     for (i, j), value in np.ndenumerate(means):
-        if np.isfinite(value):
-            best, ink = behind[i, j] == 0, "white" if behind[i, j] > -9 else "0.15"
-            weight = "bold" if best else "normal"
-            axis.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color=ink, fontweight=weight)
+        best, ink = behind[i, j] == 0, "white" if behind[i, j] > -9 else "0.15"
+        weight = "bold" if best else "normal"
+        axis.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color=ink, fontweight=weight)
     _names(axis, list(rows), columns, longest=32)
     axis.set_title(shortened(title, 200))
     figure.colorbar(picture, ax=axis, shrink=0.8, extend="min", label="points behind the best of the column")

@@ -1,7 +1,7 @@
 """Tables of accuracies over methods and tasks, as Markdown and as CSV.
 
 All numbers are percent: mean over seeds ± standard deviation with n - 1 in its denominator. The average over tasks is
-taken for every seed first, so that its deviation is that of the average. A mean is of all its tasks or is not given.
+taken for every seed first, so that its deviation is that of the average.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of entries; None where something is not finished.
+    """Rows of entries.
 
     Attributes:
         title: of the column of row names. rows: {name: entries}, one entry for each of `columns`.
@@ -43,7 +43,7 @@ class Table:
 
     title: str
     columns: tuple[str, ...]
-    rows: dict[str, tuple[Entry | None, ...]]
+    rows: dict[str, tuple[Entry, ...]]
     parameters: Mapping[str, int]
 
     def markdown(self) -> str:
@@ -61,14 +61,13 @@ class Table:
         rows = []
         for name, entries in self.rows.items():
             count = [self.parameters.get(name, "")] if self.parameters else []
-            numbers = [("", "") if e is None else (e.mean, "" if e.std is None else e.std) for e in entries]
+            numbers = [(e.mean, "" if e.std is None else e.std) for e in entries]
             rows.append([name, *count, *(number for pair in numbers for number in pair)])
         return csv_text([self.title, *(["parameters"] if self.parameters else []), *columns], rows)
 
     def _marks(self, column: int) -> list[str]:
         """The best and the second best mean, as printed."""
-        entries = [entries[column] for entries in self.rows.values()]
-        means = sorted({round(e.mean, 1) for e in entries if e is not None}, reverse=True)
+        means = sorted({round(entries[column].mean, 1) for entries in self.rows.values()}, reverse=True)
         return [f"{m:.1f}" for m in means[:2]] if len(means) > 1 else []
 
 
@@ -83,7 +82,7 @@ def accuracy_table(
 
     Args:
         title: of the column of row names.
-        accuracies: {row: {task: accuracies in 0 … 1, one per seed}}; what is missing is left open.
+        accuracies: {row: {task: accuracies in 0 … 1, one per seed}}.
         tasks: the columns, in order. parameters: {row: trained numbers}.
     """
     present = [g for g in GROUPS if any(task.group == g for task in tasks)]
@@ -91,21 +90,16 @@ def accuracy_table(
     means["Average"] = list(tasks)
     rows = {}
     for row, of_task in accuracies.items():
-        entries = [Entry.of(of_task[t.name]) if t.name in of_task else None for t in tasks]
-        rows[row] = (*entries, *(_mean(of_task, part) for part in means.values()))
+        rows[row] = (*(Entry.of(of_task[t.name]) for t in tasks), *(_mean(of_task, part) for part in means.values()))
     return Table(title, (*(t.title for t in tasks), *means), rows, parameters or {})
 
 
-def _mean(of_task: Mapping[str, Sequence[float]], tasks: Sequence[TaskFolder]) -> Entry | None:
-    if any(t.name not in of_task for t in tasks):
-        return None
+def _mean(of_task: Mapping[str, Sequence[float]], tasks: Sequence[TaskFolder]) -> Entry:
     by_seed = zip(*(of_task[t.name] for t in tasks), strict=True)
     return Entry.of([statistics.fmean(values) for values in by_seed])
 
 
-def _marked(entry: Entry | None, marks: Sequence[str]) -> str:
-    if entry is None:
-        return "–"
+def _marked(entry: Entry, marks: Sequence[str]) -> str:
     rank = marks.index(f"{entry.mean:.1f}") if f"{entry.mean:.1f}" in marks else 2
     return (f"**{entry}**", f"<u>{entry}</u>", str(entry))[rank]
 
