@@ -23,7 +23,7 @@ from torch import Tensor
 from hgprompt.arguments import is_floating, kind_of, whole
 from hgprompt.batch_checks import FiniteCheck, check_labels
 from hgprompt.distributed import Ranks, default_group
-from hgprompt.errors import DataError, OptionError, StatisticsError
+from hgprompt.errors import OptionError, StatisticsError
 from hgprompt.kernels.compiler import copied
 from hgprompt.memory import Keep, Representation, Room
 from hgprompt.moments import Moments, merged, mixed
@@ -147,22 +147,18 @@ class EnsembleStatistics:
             raise StatisticsError(f"features must be floating point [M, B, h], got {kind_of(features)}")
         labels = check_labels(labels, features.shape[1])
         shape = features.shape[0], features.shape[2]
-        before = self._shape, self._dtype
-        if self._shape is None:
-            self._shape, self._dtype = shape, features.dtype
-        elif shape != self._shape:
+        dtype = features.dtype if self._shape is None else self._dtype
+        if self._shape not in (None, shape):
             raise StatisticsError(f"features are of (M, h) = {shape}, earlier batches were of {self._shape}")
         batch = features.shape[1]
         new = set(labels.unique().tolist()) - self._classes
         num_classes = len(self._classes) + len(new)
-        try:
-            self._finite.check(features, self._num_images)
-            chosen = self._representation(self._num_images + batch, num_classes, features.device)
-        except (DataError, StatisticsError):
-            self._shape, self._dtype = before  # a first batch that is refused says nothing of what is to come
-            raise
+        self._finite.check(features, self._num_images)
+        chosen = self._representation(shape, dtype, self._num_images + batch, num_classes, features.device)
+        # A batch that is refused, above, says nothing of what is to come.
+        self._shape, self._dtype = shape, dtype
         if self._num_images == 0:
-            logger.info("%s", self._room.plan(shape, self._dtype, batch, num_classes))
+            logger.info("%s", self._room.plan(shape, dtype, batch, num_classes))
         fold_of = self.next_folds(batch)
         self._num_images += batch
         self._classes |= new
@@ -216,16 +212,10 @@ class EnsembleStatistics:
                 f"cannot merge statistics of (M, h, folds) = {(*other._shape, other.folds)} "
                 f"into {(*(self._shape or ('-', '-')), self.folds)}"
             )
-        before = self._shape, self._dtype
-        if self._shape is None:
-            self._shape, self._dtype = other._shape, other._dtype
+        dtype = other._dtype if self._shape is None else self._dtype
         num_images, classes = self._num_images + other._num_images, self._classes | other._classes
-        try:
-            chosen = self._representation(num_images, len(classes), self._device)
-        except StatisticsError:
-            self._shape, self._dtype = before
-            raise
-        self._num_images, self._classes = num_images, classes
+        chosen = self._representation(other._shape, dtype, num_images, len(classes), self._device)
+        self._shape, self._dtype, self._num_images, self._classes = other._shape, dtype, num_images, classes
         if self._moments is None and other._moments is None:
             self._features += other._features
             self._labels += other._labels
@@ -515,12 +505,13 @@ class EnsembleStatistics:
         # One rank was told to keep features and another moments, or each has room for something else.
         raise StatisticsError(f"ranks cannot keep the same: in their order, they can keep {by_rank}; pass one keep=")
 
-    def _representation(self, num_images: int, num_classes: int, device: torch.device) -> Representation:
+    def _representation(
+        self, shape: tuple[int, int], dtype: torch.dtype, num_images: int, num_classes: int, device: torch.device
+    ) -> Representation:
         """What to keep of so many images, or of as many as are expected; StatisticsError where there is no room."""
         keep: Keep = self.keep if self._moments is None else "moments"
-        assert self._shape is not None
         return self._room.fitting(
-            self._shape, self._dtype, num_images, num_classes, device=device, held=lambda: self.nbytes, keep=keep
+            shape, dtype, num_images, num_classes, device=device, held=lambda: self.nbytes, keep=keep
         )[0]
 
     def _to_moments(self) -> None:
