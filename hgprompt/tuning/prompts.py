@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hgprompt.backbone import FrozenViT
-from hgprompt.encoder import Impl, check_prompts, encode, pull_back
+from hgprompt.encoder import Impl, MicroBatch, check_prompts, encode, pull_back
 from hgprompt.errors import OptionError, PromptError
 from hgprompt.pool import PromptPool
 from hgprompt.progress import Reporter
@@ -48,8 +49,16 @@ class PromptLearner(Learner):
     ) -> None:
         self.backbone, self.parameters, self.configs = backbone, parameters, configs
         self.head = head
-        self.micro_batch: int | None = micro_batch
-        self.impl: Impl = impl
+        # One for all steps: what a GPU had no memory for is not tried again.
+        self.options: dict[str, Any] = {"micro_batch": MicroBatch(micro_batch), "impl": impl}
+
+    @classmethod
+    def of(
+        cls, backbone: FrozenViT, prompts: Sequence[Tensor], num_classes: int, configs: Sequence[TuneConfig],
+        **options: Any,
+    ) -> PromptLearner:  # fmt: skip
+        """Of prompts, one for each config, which `start` copies; options as for the class."""
+        return cls(backbone, cls.start(backbone, prompts, num_classes, configs), configs, **options)
 
     @staticmethod
     def start(
@@ -77,10 +86,7 @@ class PromptLearner(Learner):
             prompts = self._prompts()
             distinct, which = torch.unique(prompts.flatten(1), dim=0, return_inverse=True)
             distinct = distinct.view(-1, *prompts.shape[1:])
-            parts = [
-                (encode(self.backbone, distinct, images, micro_batch=self.micro_batch, impl=self.impl).cpu(), labels)
-                for images, labels in batches
-            ]
+            parts = [(encode(self.backbone, distinct, x, **self.options).cpu(), labels) for x, labels in batches]
         features, labels = torch.cat([f for f, _ in parts], dim=1).float(), torch.cat([y for _, y in parts])
         fit_linear_heads(self.parameters, features, which.tolist(), labels)
 
@@ -88,7 +94,7 @@ class PromptLearner(Learner):
         prompts = self._prompts()
         mask = self._kept(step)
         prompts = prompts if mask is None else prompts * mask
-        features = encode(self.backbone, prompts, inputs, micro_batch=self.micro_batch, impl=self.impl)
+        features = encode(self.backbone, prompts, inputs, **self.options)
         return linear_logits(features, self.parameters)
 
     def backward(self, inputs: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -96,7 +102,7 @@ class PromptLearner(Learner):
         prompts = self._prompts().detach()
         losses, correct, gradient = pull_back_runs(
             self.backbone, prompts if mask is None else prompts * mask, inputs, labels, self.parameters,
-            penalty=self.penalty(inputs), micro_batch=self.micro_batch, impl=self.impl,
+            penalty=self.penalty(inputs), **self.options,
         )  # fmt: skip
         gradient = gradient if mask is None else gradient * mask
         for of_run, slope in zip(self.parameters, gradient, strict=True):
@@ -131,15 +137,14 @@ def pull_back_runs(
     parameters: Sequence[Mapping[str, Tensor]],
     *,
     penalty: Penalty | None = None,
-    micro_batch: int | None = None,
-    impl: Impl = "auto",
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss of a batch, back to the prompts (returned) and to the heads (in their .grad).
 
     Args:
         prompts: [R, p, d] or [R, L, p, d]. images: [B, 3, H, W] or [R, B, 3, H, W]. labels: [B] or [R, B].
         parameters: of the runs; their heads are read, and get gradients.
-        penalty: added to the cross-entropy.
+        penalty: added to the cross-entropy. options: of `pull_back`.
 
     Returns:
         losses [R], summed over images, correct answers [R] (float64, CPU), and gradients of the mean loss, as prompts.
@@ -153,7 +158,7 @@ def pull_back_runs(
         losses = cross_entropies(logits, labels[runs, images])[0]
         return losses if penalty is None else losses + penalty(logits, runs, images)
 
-    features, _, gradient = pull_back(backbone, prompts, images, loss, micro_batch=micro_batch, impl=impl)
+    features, _, gradient = pull_back(backbone, prompts, images, loss, **options)
     # The heads' gradients come from the same features, all at once.
     logits = linear_logits(features, parameters)
     losses, correct = cross_entropies(logits, labels)
@@ -210,14 +215,13 @@ def tune(
     trainer.check_tasks(train, test)
     names, configs = tuple(starts), [config] * len(prompts)
     num_classes = num_classes or max(train.num_classes, 0 if test is None else test.num_classes)
-    parameters = PromptLearner.start(backbone, prompts, num_classes, configs)
-    learner = PromptLearner(backbone, parameters, configs, head=head, micro_batch=micro_batch, impl=impl)
+    learner = PromptLearner.of(backbone, prompts, num_classes, configs, head=head, micro_batch=micro_batch, impl=impl)
     trained = trainer.train(
         learner, configs, train, test, num_classes=num_classes, evaluate_every=evaluate_every, names=names,
         strict=True, checkpoint=checkpoint, identity=identity_of(backbone), progress=progress, stage=stage,
         workers=workers,
     )  # fmt: skip
-    final = {name: torch.stack([p[name].detach().cpu() for p in parameters]) for name in parameters[0]}
+    final = {name: torch.stack([p[name].detach().cpu() for p in learner.parameters]) for name in learner.parameters[0]}
     return TuneResult(
         names=names,
         prompts=final["prompt"],

@@ -21,7 +21,7 @@ from typing import Any
 from hgprompt.errors import DataError, FileFormatError, OptionError
 from hgprompt.files import digest_of_tensors, make_directory, read_json, write_text
 from hgprompt.progress import Progress, Reporter
-from hgprompt.result import is_number
+from hgprompt.result import is_number, jsonable
 from hgprompt.tuning.checkpoint import digest_of_images
 from hgprompt.tuning.config import Optimizer, TuneConfig
 from hgprompt.tuning.method import Cost, Method, Prepared, Setting, identified
@@ -121,23 +121,8 @@ class Outcome:
 
     def record(self) -> dict[str, Any]:
         """All of it, JSON-able."""
-        return {
-            "method": self.method,
-            "chosen": dataclasses.asdict(self.chosen),
-            "grid": [dict(point) for point in self.grid],
-            "seeds": list(self.seeds),
-            "accuracies": list(self.accuracies),
-            "diverged": list(self.diverged),
-            "mean": self.mean,
-            "std": None if math.isnan(self.std) else self.std,
-            "num_parameters": self.num_parameters,
-            "epochs": self.epochs,
-            "images": self.images,
-            "cost": dataclasses.asdict(self.cost),
-            "selection_cost": dataclasses.asdict(self.selection_cost),
-            "seconds": list(self.seconds),
-            "report": dict(self.report),
-        }
+        record: dict[str, Any] = jsonable(dataclasses.asdict(self) | {"mean": self.mean, "std": self.std})
+        return record
 
 
 def select_and_retrain(

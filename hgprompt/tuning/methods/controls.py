@@ -78,8 +78,7 @@ class BestSingle(StartMethod):
         held_out = max(1, round(_HELD_OUT * len(images)))
         rest = images.subset(order[held_out:])
         configs = [brief_config(self.epochs, seed)] * len(pool)
-        parameters = PromptLearner.start(setting.backbone, list(pool.values()), setting.num_classes, configs)
-        learner = PromptLearner(setting.backbone, parameters, configs)
+        learner = PromptLearner.of(setting.backbone, list(pool.values()), setting.num_classes, configs)
         trained = train(learner, configs, rest, images.subset(order[:held_out]), num_classes=setting.num_classes)
         found = torch.tensor(trained.accuracies, dtype=torch.float64, device="cpu")
         best = pool.names[int(found.argmax())]

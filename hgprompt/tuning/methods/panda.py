@@ -95,8 +95,7 @@ class PANDA(Method):
             return w, cost + Cost(forward=3 * images), {"transferability": w}
 
         predicted, cost, report = per_seed(configs, predict)
-        tuned = PromptLearner.start(vit, [mean] * len(configs), setting.num_classes, configs)
-        teacher = PromptLearner(vit, tuned, configs)
+        teacher = PromptLearner.of(vit, [mean] * len(configs), setting.num_classes, configs)
         train(teacher, configs, setting.train, num_classes=setting.num_classes)
         starts = [random_start(setting, config.seed) for config in configs]
         students = PromptLearner.start(vit, starts, setting.num_classes, configs)

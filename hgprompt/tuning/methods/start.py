@@ -39,10 +39,10 @@ class StartMethod(Method):
 
     def prepare(self, setting: Setting, configs: Sequence[TuneConfig]) -> Prepared:
         starts, cost, reports = per_seed(configs, lambda seed: self.start(setting, seed))
-        parameters = PromptLearner.start(setting.backbone, starts, setting.num_classes, configs)
+        learner = PromptLearner.of(setting.backbone, starts, setting.num_classes, configs, head=self.head)
         if self.head == "fitted":
             cost += Cost(forward=len(setting.train) * len({config.seed for config in configs}))
-        return Prepared(PromptLearner(setting.backbone, parameters, configs, head=self.head), cost, reports)
+        return Prepared(learner, cost, reports)
 
     def num_parameters(self, setting: Setting) -> int:
         """p·d, in every block of a deep prompt."""
@@ -109,9 +109,9 @@ def early_prompt(setting: Setting, seed: int, epochs: int) -> tuple[Tensor, Cost
     configs = [brief_config(epochs, seed)]
     common = _common_seed(setting.pool)
     starts = [random_start(setting, seed if common is None else common)]
-    parameters = PromptLearner.start(setting.backbone, starts, setting.num_classes, configs)
-    train(PromptLearner(setting.backbone, parameters, configs), configs, setting.train, num_classes=setting.num_classes)
-    return parameters[0]["prompt"].detach().cpu(), Cost(backward=epochs * len(setting.train))
+    learner = PromptLearner.of(setting.backbone, starts, setting.num_classes, configs)
+    train(learner, configs, setting.train, num_classes=setting.num_classes)
+    return learner.parameters[0]["prompt"].detach().cpu(), Cost(backward=epochs * len(setting.train))
 
 
 def _common_seed(pool: PromptPool | None) -> int | None:
