@@ -208,7 +208,9 @@ def test_closed_form_heads(head):
 
 def test_paper_preset_is_algorithm_1():
     model, (images, labels), prompts = literal.tiny_vit().double(), _task(), _prompts()
-    result = fast_ensemble(prompts, _batches(images, labels), backbone=model, preset="paper", folds=4)
+    batches = _batches(images, labels)
+    result = fast_ensemble(prompts, batches, backbone=model, preset="paper", folds=4, keep_problem=True)
+    assert torch.equal(result.problem.solve(1.0).weights, result.weights)  # what is asked afterwards has its solver
     with torch.no_grad():
         features = literal.features(model, prompts, images).numpy()
     gradients = _literal_gradients(model, prompts, images, labels, _intensity(torch.from_numpy(features)), folds=4)

@@ -13,8 +13,10 @@ import torch
 
 from hgprompt import fast_ensemble, network
 from hgprompt.backbone import FrozenViT
+from hgprompt.data import LabelledImages
 from hgprompt.encoder import MicroBatch, encode, pull_back
 from hgprompt.errors import DeviceMemoryError
+from hgprompt.tuning import TuneConfig, tune
 
 M, B = 3, 10
 
@@ -130,6 +132,17 @@ def test_a_pass_remembers_and_says_so_once(monkeypatch, caplog):
         assert len(device.refused) <= 4  # 30, 15, 7 pairs, or less with a fold's images: in the first batch alone
         assert [r.levelname for r in caplog.records] == ["WARNING"]
         assert "going on with" in caplog.text
+
+
+def test_tuning_remembers_from_step_to_step(monkeypatch):
+    vit, prompts, images, _ = _problem()
+    task = LabelledImages("task", (images.clamp(0, 1) * 255).byte(), torch.arange(B) % 2)
+    device = SmallDevice(5, monkeypatch)
+    tune(
+        vit, {f"start {i}": p.float() for i, p in enumerate(prompts)}, task,
+        config=TuneConfig(epochs=3, batch_size=B // 2), micro_batch=M * B,
+    )  # fmt: skip
+    assert 0 < len(device.refused) <= 3  # 15, 7 pairs in the first step alone, of six
 
 
 def test_one_pair_that_does_not_fit_is_an_error_that_says_what_to_do(monkeypatch):
