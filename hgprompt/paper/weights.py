@@ -73,7 +73,7 @@ def _weights(lab: Lab, method: Method, setting: Setting, work: Work) -> Tensor:
     assert setting.pool is not None
     names, seed = setting.pool.names, lab.plan.seeds[0]
     if isinstance(method, SPoT):
-        return _on_simplex(_numbers(method.start(setting, seed)[2]["similarities"], names))
+        return _on_simplex(_numbers(method.start(setting, seed).report["similarities"], names))
     if isinstance(method, PANDA):
         early, _ = early_prompt(setting, seed, method.epochs)
         values = [transferability(setting, prompt, early) for prompt in setting.pool.values()]
@@ -81,7 +81,7 @@ def _weights(lab: Lab, method: Method, setting: Setting, work: Work) -> Tensor:
     if isinstance(method, ATTEMPT):
         return _trained_attention(lab, method, setting, work)
     assert isinstance(method, HGPrompt)
-    return _numbers(method.start(setting, seed)[2]["weights"], names)
+    return _numbers(method.start(setting, seed).report["weights"], names)
 
 
 def _trained_attention(lab: Lab, method: ATTEMPT, setting: Setting, work: Work) -> Tensor:

@@ -257,10 +257,10 @@ def test_hgprompt_with_the_papers_lambda(model):
     """-H + λ L is C - 1 times -H/(C-1) + λ/(C-1) L: the minimum is the same."""
     setting = _setting(model)
     raw = RawHGPrompt(0.5)
-    ours = HGPrompt(0.5 / (setting.num_classes - 1)).start(setting, 0)[2]["weights"]
-    papers = raw.start(setting, 0)[2]["weights"]
+    ours = HGPrompt(0.5 / (setting.num_classes - 1)).start(setting, 0).report["weights"]
+    papers = raw.start(setting, 0).report["weights"]
     assert papers == pytest.approx(ours, abs=1e-3)  # both stop at a gap of 1e-6
-    assert papers != pytest.approx(HGPrompt(0.5).start(setting, 0)[2]["weights"], abs=1e-3)
+    assert papers != pytest.approx(HGPrompt(0.5).start(setting, 0).report["weights"], abs=1e-3)
     assert raw.name == "HGPrompt, raw H λ=0.5"
 
 

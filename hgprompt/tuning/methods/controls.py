@@ -16,7 +16,7 @@ from hgprompt.tuning.config import TuneConfig
 from hgprompt.tuning.learner import Learner, linear_head, linear_logits
 from hgprompt.tuning.method import Cost, Prepared, Setting
 from hgprompt.tuning.methods.hgprompt import HGPrompt
-from hgprompt.tuning.methods.start import StartMethod, brief_config, mixture, named, sources
+from hgprompt.tuning.methods.start import Start, StartMethod, brief_config, mixture, named, sources
 from hgprompt.tuning.methods.vpt import VPT
 from hgprompt.tuning.prompts import PromptLearner, pull_back_runs
 from hgprompt.tuning.streams import stream
@@ -32,9 +32,9 @@ class Uniform(StartMethod):
     name = "uniform"
     uses_pool = True
 
-    def start(self, setting: Setting, seed: int) -> tuple[Tensor, Cost, dict[str, object]]:
+    def start(self, setting: Setting, seed: int) -> Start:
         pool = sources(setting)
-        return mixture(pool, torch.full((len(pool),), 1 / len(pool), dtype=torch.float64, device="cpu")), Cost(), {}
+        return Start(mixture(pool, torch.full((len(pool),), 1 / len(pool), dtype=torch.float64, device="cpu")))
 
 
 class FittedUniform(Uniform):
@@ -51,13 +51,13 @@ class RandomWeights(StartMethod):
     name = "random α"
     uses_pool = True
 
-    def start(self, setting: Setting, seed: int) -> tuple[Tensor, Cost, dict[str, object]]:
+    def start(self, setting: Setting, seed: int) -> Start:
         pool = sources(setting)
         generator = stream(seed, "weights")
         # Exponential variables, divided by their sum. 1 - u is never 0.
         drawn = -torch.log(1 - torch.rand(len(pool), generator=generator, dtype=torch.float64, device="cpu"))
         weights = drawn / drawn.sum()
-        return mixture(pool, weights), Cost(), {"weights": named(pool, weights)}
+        return Start(mixture(pool, weights), report={"weights": named(pool, weights)})
 
 
 class BestSingle(StartMethod):
@@ -72,7 +72,7 @@ class BestSingle(StartMethod):
             raise OptionError(f"epochs must be at least 1, got {epochs}")
         self.epochs = epochs
 
-    def start(self, setting: Setting, seed: int) -> tuple[Tensor, Cost, dict[str, object]]:
+    def start(self, setting: Setting, seed: int) -> Start:
         pool, images = sources(setting), setting.train
         order = torch.randperm(len(images), generator=stream(seed, "held out"), device="cpu")
         held_out = max(1, round(_HELD_OUT * len(images)))
@@ -83,7 +83,7 @@ class BestSingle(StartMethod):
         found = torch.tensor(trained.accuracies, dtype=torch.float64, device="cpu")
         best = pool.names[int(found.argmax())]
         cost = Cost(forward=held_out * len(pool), backward=self.epochs * len(rest) * len(pool))
-        return pool[best], cost, {"source": best, "accuracies": named(pool, found)}
+        return Start(pool[best], cost, {"source": best, "accuracies": named(pool, found)})
 
 
 class EqualCompute(VPT):
@@ -135,7 +135,7 @@ class CrossEntropyWeights(StartMethod):
             raise OptionError(f"epochs must be at least 1, got {epochs}")
         self.epochs = epochs
 
-    def start(self, setting: Setting, seed: int) -> tuple[Tensor, Cost, dict[str, object]]:
+    def start(self, setting: Setting, seed: int) -> Start:
         pool, vit = sources(setting), setting.backbone
         config = brief_config(self.epochs, seed)
         config = dataclasses.replace(config, lr=_WEIGHT_RATE * 256 / config.batch_size)
@@ -147,4 +147,4 @@ class CrossEntropyWeights(StartMethod):
         train(learner, [config], setting.train, num_classes=setting.num_classes)
         weights = own["weights"].detach().double().softmax(0).cpu()
         cost = Cost(backward=self.epochs * len(setting.train))
-        return mixture(pool, weights), cost, {"weights": named(pool, weights)}
+        return Start(mixture(pool, weights), cost, {"weights": named(pool, weights)})

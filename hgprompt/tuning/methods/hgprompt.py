@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from hgprompt.ensemble import fast_ensemble
 from hgprompt.errors import OptionError
 from hgprompt.tuning.method import Cost, Setting
-from hgprompt.tuning.methods.start import StartMethod, named, sources
+from hgprompt.tuning.methods.start import Start, StartMethod, named, sources
 
 _GRADIENT_IMAGES = 256
 _BATCH = 64
@@ -33,18 +31,18 @@ class HGPrompt(StartMethod):
         if lam != 1.0:
             self.name = f"{type(self).name} λ={lam:g}"
 
-    def start(self, setting: Setting, seed: int) -> tuple[Tensor, Cost, dict[str, object]]:
+    def start(self, setting: Setting, seed: int) -> Start:
         pool = sources(setting)
         result = fast_ensemble(
             pool, setting.train.batches(_BATCH), backbone=setting.backbone, lam=self.lam, seed=seed,
             gradient_images=self.gradient_images, normalize=self.normalize,
         )  # fmt: skip
-        report: dict[str, object] = {
+        report = {
             "weights": dict(zip(result.names, result.weights.tolist(), strict=True)),
             "h_score": result.h_score,
             "source_h_scores": named(pool, result.source_h_scores),
         }
-        return result.prompt, self.cost(setting), report
+        return Start(result.prompt, self.cost(setting), report)
 
     def cost(self, setting: Setting) -> Cost:
         """Every image under every source, and the sample of the gradients once more, there and back."""
@@ -73,16 +71,16 @@ class BestSingleByH(StartMethod):
     name = "best single by H"
     uses_pool = True
 
-    def start(self, setting: Setting, seed: int) -> tuple[Tensor, Cost, dict[str, object]]:
+    def start(self, setting: Setting, seed: int) -> Start:
         pool = sources(setting)
         result = fast_ensemble(
             pool, setting.train.batches(_BATCH), backbone=setting.backbone, lam=0, gradient_images=0, seed=seed
         )
-        report: dict[str, object] = {
+        report = {
             "source": result.best_single,
             "source_h_scores": named(pool, result.source_h_scores),
         }
-        return pool[result.best_single], Cost(forward=len(setting.train) * len(pool)), report
+        return Start(pool[result.best_single], Cost(forward=len(setting.train) * len(pool)), report)
 
 
 class FittedBestSingleByH(BestSingleByH):

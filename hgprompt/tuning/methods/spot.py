@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from hgprompt.errors import OptionError
-from hgprompt.tuning.method import Cost, Setting
-from hgprompt.tuning.methods.start import StartMethod, early_prompt, mixture, named, sources
+from hgprompt.tuning.method import Setting
+from hgprompt.tuning.methods.start import Start, StartMethod, early_prompt, mixture, named, sources
 
 Similarity = Literal["average", "pairs"]
 
@@ -32,12 +32,13 @@ class SPoT(StartMethod):
             raise OptionError(f"SPoT takes top and epochs of at least 1 and 'average' or 'pairs', got {similarity!r}")
         self.top, self.epochs, self.similarity = top, epochs, similarity
 
-    def start(self, setting: Setting, seed: int) -> tuple[Tensor, Cost, dict[str, object]]:
+    def start(self, setting: Setting, seed: int) -> Start:
         pool = sources(setting)
         early, cost = early_prompt(setting, seed, self.epochs)
         similar = similarities(pool.stack(), early, self.similarity)
         weights = top_weights(similar, self.top)
-        return mixture(pool, weights), cost, {"similarities": named(pool, similar), "weights": named(pool, weights)}
+        report = {"similarities": named(pool, similar), "weights": named(pool, weights)}
+        return Start(mixture(pool, weights), cost, report)
 
 
 def similarities(prompts: Tensor, target: Tensor, kind: Similarity = "average") -> Tensor:

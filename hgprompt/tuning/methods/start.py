@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import ClassVar, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,14 @@ _BATCH = 32
 Found = TypeVar("Found")
 
 
+class Start(NamedTuple):
+    """Where a run starts: a prompt [p, d] or [L, p, d], what it cost to find, and what to report of it (JSON-able)."""
+
+    prompt: Tensor
+    cost: Cost = Cost()
+    report: Mapping[str, object] = MappingProxyType({})
+
+
 class StartMethod(Method):
     """A prompt and a linear head, trained from a start that the subclass finds."""
 
@@ -34,8 +43,8 @@ class StartMethod(Method):
     head: ClassVar[HeadStart] = "random"
 
     @abstractmethod
-    def start(self, setting: Setting, seed: int) -> tuple[Tensor, Cost, dict[str, object]]:
-        """The start [p, d] or [L, p, d] of a run with this seed, what it cost, and what to report."""
+    def start(self, setting: Setting, seed: int) -> Start:
+        """Of a run with this seed."""
 
     def prepare(self, setting: Setting, configs: Sequence[TuneConfig]) -> Prepared:
         starts, cost, reports = per_seed(configs, lambda seed: self.start(setting, seed))
@@ -50,7 +59,7 @@ class StartMethod(Method):
 
 
 def per_seed(
-    configs: Sequence[TuneConfig], find: Callable[[int], tuple[Found, Cost, dict[str, object]]]
+    configs: Sequence[TuneConfig], find: Callable[[int], tuple[Found, Cost, Mapping[str, object]]]
 ) -> tuple[list[Found], Cost, dict[str, object]]:
     """What is found for each config's seed, once for each seed; the cost of all, and the reports by seed."""
     found = {seed: find(seed) for seed in dict.fromkeys(config.seed for config in configs)}

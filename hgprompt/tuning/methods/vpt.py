@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from hgprompt.tuning.method import Cost, Setting
-from hgprompt.tuning.methods.start import StartMethod, random_start
+from hgprompt.tuning.method import Setting
+from hgprompt.tuning.methods.start import Start, StartMethod, random_start
 
 
 class VPT(StartMethod):
@@ -13,8 +11,8 @@ class VPT(StartMethod):
 
     name = "VPT"
 
-    def start(self, setting: Setting, seed: int) -> tuple[Tensor, Cost, dict[str, object]]:
-        return random_start(setting, seed), Cost(), {}
+    def start(self, setting: Setting, seed: int) -> Start:
+        return Start(random_start(setting, seed))
 
 
 class FittedVPT(VPT):
