@@ -32,8 +32,8 @@ from hgprompt.data import LabelledImages, decode, load_task
 from hgprompt.data.folders import balanced
 from hgprompt.files import make_directory, write_text
 from hgprompt.optimize import WeightProblem
-from hgprompt.result import jsonable
 from hgprompt.sample import folds_of
+from hgprompt.strict_json import jsonable
 from hgprompt.task_loss import fit_heads, held_out_logits, inverse_temperatures
 from hgprompt.tuning import TuneConfig, evaluate, fitted_head, random_prompt, tune
 

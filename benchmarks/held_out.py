@@ -26,7 +26,7 @@ from hgprompt.bundled import fast_dtype
 from hgprompt.data import PROCEDURAL_TASKS, LabelledImages, decode, load_task, render_task
 from hgprompt.data.folders import balanced
 from hgprompt.files import write_text
-from hgprompt.result import jsonable
+from hgprompt.strict_json import jsonable
 from hgprompt.tuning import TuneConfig, compare_starts, random_prompt, tune
 
 TARGETS = (

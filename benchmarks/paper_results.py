@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hgprompt.files import write_text
-from hgprompt.result import jsonable
+from hgprompt.strict_json import jsonable
 
 _LEFT_OUT = {"mean", "std", "chosen", "method", "selection_cost", "seeds", "points"}
 """Of a record: what its other numbers give, and 300 points of t-SNE a panel."""

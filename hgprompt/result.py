@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hgprompt.errors import FileFormatError
 from hgprompt.pool import BackboneInfo, check_name
+from hgprompt.strict_json import is_number, jsonable
 
 if TYPE_CHECKING:
     from hgprompt.optimize import WeightProblem
@@ -231,19 +232,3 @@ def _check_types(fields: dict[str, Any]) -> None:
         raise TypeError("stop_reason is no text")
     if not isinstance(fields["converged"], bool) or not isinstance(fields["settings"], dict):
         raise TypeError("converged or settings are of another type")
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value from a file is a number that a float holds (NaN is one); True and False are none."""
-    return type(value) in (int, float) and (value != value or abs(value) < 2.0**1000)
-
-
-def jsonable(value: Any) -> Any:
-    """Tuples as lists, NaN as null: JSON has neither."""
-    if isinstance(value, dict):
-        return {k: jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(v) for v in value]
-    if isinstance(value, float) and value != value:
-        return None
-    return value

@@ -1,4 +1,5 @@
-"""JSON from strangers: its size in memory is known before it is parsed, and it means one thing only."""
+"""JSON from strangers, and for them: what comes in has a size in memory that is known before it is parsed, and means
+one thing only; what goes out is what JSON can hold."""
 
 from __future__ import annotations
 
@@ -33,6 +34,22 @@ def parse(text: bytes, *, max_depth: int = MAX_DEPTH, max_values: int = MAX_VALU
     )
     if b"\\ud" in text or b"\\uD" in text:
         json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
+    return value
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a file is a number that a float holds (NaN is one); True and False are none."""
+    return type(value) in (int, float) and (value != value or abs(value) < 2.0**1000)
+
+
+def jsonable(value: Any) -> Any:
+    """Tuples as lists, NaN as null: JSON has neither."""
+    if isinstance(value, dict):
+        return {k: jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    if isinstance(value, float) and value != value:
+        return None
     return value
 
 

@@ -34,7 +34,7 @@ def demo(
     from hgprompt.errors import OptionError
     from hgprompt.files import output_directory, write_text
     from hgprompt.plots import plot_comparison
-    from hgprompt.result import jsonable
+    from hgprompt.strict_json import jsonable
 
     if quick and full:
         raise OptionError("--quick and --full exclude each other")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def print_json(record: dict[str, Any]) -> None:
     """One JSON object on stdout."""
-    from hgprompt.result import jsonable
+    from hgprompt.strict_json import jsonable
 
     typer.echo(json.dumps(jsonable(record), indent=2, default=str, allow_nan=False))
 

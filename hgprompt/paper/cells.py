@@ -27,7 +27,7 @@ from typing import Any
 from hgprompt.errors import FileFormatError, OptionError
 from hgprompt.files import differences, make_directory, read_json, write_text
 from hgprompt.progress import Progress, Reporter
-from hgprompt.result import jsonable
+from hgprompt.strict_json import jsonable
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from hgprompt.data.images import LabelledImages
 from hgprompt.errors import FileFormatError, OptionError
 from hgprompt.files import differences, digest_of_tensors, read_safetensors, write_safetensors
-from hgprompt.result import is_number
+from hgprompt.strict_json import is_number
 
 _FORMAT, _VERSION = "hgprompt-tuning", 3
 

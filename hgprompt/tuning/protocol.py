@@ -21,7 +21,7 @@ from typing import Any
 from hgprompt.errors import DataError, FileFormatError, OptionError
 from hgprompt.files import digest_of_tensors, make_directory, read_json, write_text
 from hgprompt.progress import Progress, Reporter
-from hgprompt.result import is_number, jsonable
+from hgprompt.strict_json import is_number, jsonable
 from hgprompt.tuning.checkpoint import digest_of_images
 from hgprompt.tuning.config import Optimizer, TuneConfig
 from hgprompt.tuning.method import Cost, Method, Prepared, Setting, identified

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hgprompt.errors import FileFormatError, HGPromptError, OptionError
 from hgprompt.pool import BackboneInfo
-from hgprompt.result import is_number
+from hgprompt.strict_json import is_number
 from hgprompt.tuning.config import TuneConfig
 
 _FORMAT, _VERSION = "hgprompt-tuned", 1
