@@ -104,8 +104,7 @@ class PassCheckpoint:
         self._compare(len(self._records) // RECORD)
         self.done()
         self._labels.append(labels)
-        if gathering.sample is not None:
-            gathering.sample.update(images, labels, None)
+        gathering.sample.update(images, labels, None)
         if gathering.rule is not None:
             gathering.rule.due(labels)
         if len(self._records) == self._saved.batches.numel():

@@ -7,10 +7,10 @@ the prompts become a Gram matrix; everything after the stream is small, exact li
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,23 +18,24 @@ import torch
 from torch import Tensor, nn
 
 from hgprompt import operations
-from hgprompt.arguments import real, whole
+from hgprompt.arguments import real
 from hgprompt.backbone import FrozenViT
 from hgprompt.checkpoint import PassCheckpoint, identity_of
 from hgprompt.distributed import Ranks
-from hgprompt.encoder import Impl, MicroBatch
+from hgprompt.encoder import Impl
 from hgprompt.errors import DataError, OptionError, warn
 from hgprompt.inputs import Prompts, digest, gpu_of, num_batches, resolve
 from hgprompt.kernels.gram import grams, grams_reference
 from hgprompt.objective import Shrinkage
 from hgprompt.one_pass import READING, Pass
-from hgprompt.optimize import Solution, Solver, WeightProblem, check_lam, check_problem, jackknife_std
+from hgprompt.optimize import Solution, Solver, WeightProblem, jackknife_std
+from hgprompt.options import Options
 from hgprompt.progress import Progress, Reporter
 from hgprompt.result import EnsembleResult
 from hgprompt.sample import ImageSample
 from hgprompt.statistics import EnsembleStatistics, Keep
 from hgprompt.stopping import StopRule
-from hgprompt.task_loss import FITTED, Head, given_loss
+from hgprompt.task_loss import Head, given_loss
 from hgprompt.uncertainty import rank_std, weight_error
 
 logger = logging.getLogger(__name__)
@@ -77,8 +78,8 @@ def fast_ensemble(
     Args:
         prompts: a PromptPool, {name: [p, d]}, a sequence of [p, d], or a tensor [M, p, d] (deep: [L, p, d] each).
         loader: an iterable of (images [B, 3, H, W], integer labels [B]), read once. Images are normalised floats or
-            uint8. Any order will do, also sorted by class (with another order the folds are
-            others); the last batch may be short.
+            uint8. Any order will do, also sorted by class (it decides only to which fold an image goes); the last batch
+            may be short.
         backbone: a timm VisionTransformer, a FrozenViT, "mini" or a timm model name; None: the one that the pool names.
         lam: λ ≥ 0 of Eq. 12, the pull of gradient alignment.
         shrinkage: of the covariance in the H-score: "auto", "ledoit-wolf", "oas", an intensity in [0, 1), or 0.0 for
@@ -94,16 +95,16 @@ def fast_ensemble(
             gradients are added up; or, for large pools, "prompts": each reads all images, in the same batches, and has
             a share of the prompts in the network.
         head: whose loss is pulled back to the prompts (Eq. 8): "shared-lda", "lda", "centroid" (closed form, fitted
-            and cross-fitted after the pass, see `hgprompt.task_loss`), or
-            your own: a module or function features [b, h], in the backbone's dtype, → logits [b, C], or one per prompt.
-            Your own is applied during the pass, to every image; it is in eval mode, where that makes a difference.
+            and cross-fitted after the pass, see `hgprompt.task_loss`), or your own: a module or function features
+            [b, h], in the backbone's dtype, → logits [b, C], or one per prompt. Your own is applied during the pass, to
+            every image; a module with dropout or batch norm must be in eval mode.
         gradient_images: with a closed-form head, gradients come from a uniform random sample of this many images,
             which is kept while the stream goes by; None: all images are kept. 0 (with lam=0): no gradients. Ranks
             share the sample.
         folds: groups of images for cross-fitting and for the jackknife errors of the weights.
         preset: "paper" is Algorithm 1 to the letter: Eq. 5 unshrunk, H not divided by C-1, projected gradient from
-            uniform with a fixed step, gradients of all images, whatever is given for these; of learning_rate and
-            max_steps the paper says nothing.
+            uniform with a fixed step, gradients of all images. These override what is given for them; learning_rate and
+            max_steps stay yours, since the paper has none.
         normalize, solver, starts, learning_rate: as for `optimize_weights`.
         max_steps: as for `optimize_weights`; None: 200, and 1000 in the paper's preset.
         tolerance: stop reading as soon as a bound on ‖α - α_∞‖₁ falls to this (`hgprompt.stopping`; 0.1 is a useful
@@ -136,146 +137,56 @@ def fast_ensemble(
         the group's timeout. FileFormatError, OptionError, DataError: a checkpoint that is damaged, or of another pass
         or other data. OutputError: a checkpoint_dir that cannot be written to; without one nothing is written anywhere.
     """
-    if preset == "paper":
-        shrinkage, normalize, starts, gradient_images, solver = 0.0, False, 1, None, "projected-gradient"
-    elif preset is not None:
-        raise OptionError(f"preset must be None or 'paper', got {preset!r}")
-    if max_steps is None:
-        max_steps = 200 if preset is None else 1000
-    fitted = isinstance(head, str)
     ranks = Ranks(process_group, gpu_of(device, backbone))
     # What is made inside inference mode passes no gradient, so a caller's inference mode is suspended.
     with torch.inference_mode(False), Progress.of(progress) as report:
         with ranks.together("checking the arguments"):
-            lam, gap_tolerance, learning_rate = (
-                real("lam", lam), real("gap_tolerance", gap_tolerance), real("learning_rate", learning_rate)
+            options = Options(
+                lam=lam, shrinkage=shrinkage, seed=seed, shard=shard, head=head, gradient_images=gradient_images,
+                folds=folds, preset=preset, normalize=normalize, solver=solver, starts=starts, tolerance=tolerance,
+                gap_tolerance=gap_tolerance, max_steps=max_steps, learning_rate=learning_rate, keep=keep,
+                max_bytes=max_bytes, micro_batch=micro_batch, impl=impl,
             )  # fmt: skip
-            shrinkage = shrinkage if isinstance(shrinkage, str) else real("shrinkage", shrinkage)
-            seed, folds, starts, max_steps = (
-                whole("seed", seed), whole("folds", folds), whole("starts", starts), whole("max_steps", max_steps)
-            )  # fmt: skip
-            gradient_images = None if gradient_images is None else whole("gradient_images", gradient_images)
-            tolerance = None if tolerance is None else real("tolerance", tolerance)
             checkpoint_every = real("checkpoint_every", checkpoint_every)
-            micro_batch = None if micro_batch is None else whole("micro_batch", micro_batch)
-            check_lam(lam)
-            check_problem(shrinkage, solver, starts, gap_tolerance, max_steps, learning_rate, seed)
-            _check_pass_options(lam, gradient_images, folds, head, shard, micro_batch)
-            rule = None if tolerance is None else StopRule(tolerance, folds)
             pool, stack, vit = resolve(prompts, backbone, device, dtype)
             operations.select(vit, impl)
-            loss = None if fitted else given_loss(head, len(stack))
-            by_prompts = shard == "prompts" and not ranks.alone
-            place = (0, 1) if by_prompts else (ranks.rank, ranks.world)
-            statistics = EnsembleStatistics(folds=folds, keep=keep, max_bytes=max_bytes, shard=place)
-            sample = ImageSample(gradient_images if fitted else 0, folds, seed, shard=place)
-            if checkpoint_dir is not None and not ranks.alone and (rule is not None or shard == "prompts"):
+            one_pass = _pass_over(vit, stack, options, ranks)
+            if checkpoint_dir is not None and not ranks.alone and (one_pass.rule is not None or shard == "prompts"):
                 raise OptionError(
                     "checkpoint_dir over a process_group takes shard='images' and no tolerance: else ranks go batch by "
                     "batch, and each would resume at another"
                 )
-        names = pool.names
-        settings: dict[str, Any] = {
-            "shrinkage": shrinkage, "normalize": normalize, "solver": solver, "starts": starts, "tolerance": tolerance,
-            "gap_tolerance": gap_tolerance, "max_steps": max_steps, "learning_rate": learning_rate, "seed": seed,
-            "folds": folds, "gradient_images": gradient_images, "preset": preset,
-            "head": head if isinstance(head, str) else "given",
-            "dtype": str(vit.dtype).removeprefix("torch."),
-        }  # fmt: skip
+        settings = options.deciding | {"dtype": str(vit.dtype).removeprefix("torch.")}
         if not ranks.alone:
             network = f"{vit.name} {vit.image_size} {vit.fingerprint}"
-            more = {"lam": lam, "shard": shard, "keep": keep}
+            more = {"lam": options.lam, "shard": shard, "keep": keep}
             more |= {"checkpoint_dir": checkpoint_dir is not None}  # each may name a folder of its own
             ranks.agree({"prompts": digest(pool), "backbone": network} | more | settings)
-        gather = Pass(
-            vit, stack, statistics, ranks=ranks, by_prompts=by_prompts, micro_batch=micro_batch, impl=impl,
-            # A stream that may stop early is not refused for the images that it would not read.
-            shards=0 if rule is not None else place[1],
-        )  # fmt: skip
-
-        checkpoint: PassCheckpoint | None = None
+        checkpoint = None
         with ranks.together("opening the checkpoints"):
             if checkpoint_dir is not None:
-                counts: dict[str, Any] = {
-                    "folds": folds, "keep": keep, "gradient_images": gradient_images, "seed": seed, "impl": impl,
-                    "micro_batch": micro_batch, "tolerance": tolerance, "batches of the loader": num_batches(loader),
-                }  # fmt: skip
-                if rule is not None:  # where the stream ends hangs on the weights
-                    counts |= {
-                        "lam": lam, "shrinkage": shrinkage, "normalize": normalize, "solver": solver, "starts": starts,
-                        "gap_tolerance": gap_tolerance, "max_steps": max_steps, "learning_rate": learning_rate,
-                    }  # fmt: skip
+                counts = options.gathering | {"batches of the loader": num_batches(loader)}
                 checkpoint = PassCheckpoint(
-                    checkpoint_dir, identity_of(names, stack, vit, head, counts), every=checkpoint_every,
+                    checkpoint_dir, identity_of(pool.names, stack, vit, head, counts), every=checkpoint_every,
                     rank=ranks.rank, num_ranks=ranks.world,
                 )  # fmt: skip
 
-        @torch.autocast(vit.device.type, enabled=False)  # a caller's autocast region is none of the heads' business
-        def answer(*, pull_back: bool, last: bool = True) -> _Answer | None:
-            """α of all images so far, on the first rank. Gradients of a closed-form head are pulled back anew, or
-            stay as they are. None: there is nothing to solve yet, or this is another rank."""
-            of_all = gather.statistics_of_all(last)
-            if reason := _why_no_problem(of_all):
-                if last:
-                    raise DataError(reason)
-                return None
-            if fitted and gradient_images != 0 and pull_back:
-                gather.pull_back_sample(head, of_all, sample, report)  # type: ignore[arg-type]
-            gradients, count = gather.gradients_of_all(last)
-            with ranks.together("solving for the weights"):
-                if last:
-                    report("weights", 0, None)
-                if not ranks.first:
-                    return None
-                total, fold_grams = _grams(gradients, names)
-                problem = WeightProblem(
-                    of_all, total, shrinkage=shrinkage, normalize=normalize, solver=solver, starts=starts,
-                    tolerance=gap_tolerance, max_steps=max_steps, learning_rate=learning_rate, seed=seed,
-                )  # fmt: skip
-                solution = problem.solve(lam)
-                without_fold = problem.jackknife(solution, fold_grams, lam)
-                return _Answer(problem, solution, without_fold, total, count)
-
-        def known(found: _Answer | None) -> bool:
-            assert rule is not None
-            enough = found is not None and rule.look(found.solution.weights, found.without_fold)
-            return bool(ranks.decided(enough))
-
-        stopped, found = False, None
-        stream = gather.stream(loader, report, sample=sample, loss=loss, rule=rule, checkpoint=checkpoint)
-        with contextlib.closing(stream):  # the loader's workers end with the reading
-            if rule is None:
-                with ranks.together(READING):
-                    for _ in stream:
-                        pass
-            else:
-                for labels in stream if by_prompts else ranks.rounds(stream, READING):
-                    if not rule.due(labels):
-                        continue
-                    found = answer(pull_back=not gather.has_gradients, last=False)
-                    stopped = known(found)
-                    if stopped and fitted and lam > 0:
-                        # The sample has grown since its gradients were taken: with new ones the answer must hold too.
-                        found = answer(pull_back=True, last=False)
-                        stopped = known(found)
-                    if stopped:
-                        break
+        answer = functools.partial(_answer, one_pass, options, pool.names, report)
+        found, stopped = _read(one_pass, loader, options, answer, report, checkpoint)
         if not stopped:
             found = answer(pull_back=True)
         weights = ranks.broadcast(None if found is None else {"weights": found.solution.weights})[0]["weights"]
         mixed = torch.tensordot(weights, stack.to("cpu", torch.float64), dims=1).to(stack.dtype)
         intensity = ranks.decided(None if found is None else found.solution.diagnostics.intensity)
-        sample_h, sample_h_mixed = gather.mixing_gap(sample, weights, mixed, intensity)
+        sample_h_scores = one_pass.mixing_gap(weights, mixed, intensity)
         with ranks.together("making the result"):
             result = None
             if found is not None:
                 result = _result(
-                    found, names=names, mixed=mixed, lam=lam, settings=settings, vit=vit,
-                    sample_h_scores=(sample_h, sample_h_mixed), reached=rule.error if rule and stopped else None,
-                    kept_bytes=gather.statistics.nbytes + sample.nbytes + gather.gradient_bytes,
+                    found, names=pool.names, mixed=mixed, lam=options.lam, settings=settings, vit=vit,
+                    sample_h_scores=sample_h_scores, reached=one_pass.rule.error if one_pass.rule and stopped else None,
+                    kept_bytes=one_pass.nbytes, keep_problem=keep_problem,
                 )  # fmt: skip
-                if keep_problem:
-                    result = dataclasses.replace(result, problem=found.problem)
             parts: tuple[Any, ...] = (None,) if result is None else result.to_parts()
         ranks.stage = "handing out the result"
         if not ranks.alone:
@@ -287,6 +198,27 @@ def fast_ensemble(
     return result
 
 
+def _pass_over(vit: FrozenViT, stack: Tensor, options: Options, ranks: Ranks) -> Pass:
+    """A pass that has not begun yet."""
+    by_prompts = options.shard == "prompts" and not ranks.alone
+    place = (0, 1) if by_prompts else (ranks.rank, ranks.world)
+    rule = None if options.tolerance is None else StopRule(options.tolerance, options.folds)
+    return Pass(
+        vit,
+        stack,
+        EnsembleStatistics(folds=options.folds, keep=options.keep, max_bytes=options.max_bytes, shard=place),
+        ImageSample(options.gradient_images if options.fitted else 0, options.folds, options.seed, shard=place),
+        rule=rule,
+        loss=None if options.fitted else given_loss(options.head, len(stack)),
+        ranks=ranks,
+        by_prompts=by_prompts,
+        # A stream that may stop early is not refused for the images that it would not read.
+        shards=0 if rule is not None else place[1],
+        micro_batch=options.micro_batch,
+        impl=options.impl,
+    )
+
+
 class _Answer(NamedTuple):
     """What is known after some images: α, α without each fold [folds, M], the Gram matrix of the gradients."""
 
@@ -295,6 +227,72 @@ class _Answer(NamedTuple):
     without_fold: Tensor
     gram: Tensor | None
     num_gradient_images: int
+
+
+def _answer(
+    one_pass: Pass, options: Options, names: Sequence[str], report: Reporter, *, pull_back: bool, last: bool = True
+) -> _Answer | None:
+    """α of all images so far, on the first rank; None: there is nothing to solve yet, or this is another rank.
+
+    Args:
+        pull_back: take the gradients of a closed-form head anew, or leave them as they are.
+        last: there will be no other answer.
+    """
+    of_all = one_pass.statistics_of_all(last)
+    if reason := _why_no_problem(of_all):
+        if last:
+            raise DataError(reason)
+        return None
+    # A caller's autocast region is none of the heads' business.
+    with torch.autocast(one_pass.vit.device.type, enabled=False):
+        if isinstance(options.head, str) and options.gradient_images != 0 and pull_back:
+            one_pass.pull_back_sample(options.head, of_all, report)
+        gradients, count = one_pass.gradients_of_all(last)
+        with one_pass.ranks.together("solving for the weights"):
+            if last:
+                report("weights", 0, None)
+            if not one_pass.ranks.first:
+                return None
+            gram, fold_grams = _grams(gradients, names)
+            problem = WeightProblem(of_all, gram, **options.solving)
+            solution = problem.solve(options.lam)
+            without_fold = problem.jackknife(solution, fold_grams, options.lam)
+            return _Answer(problem, solution, without_fold, gram, count)
+
+
+def _read(
+    one_pass: Pass,
+    loader: Iterable[Any],
+    options: Options,
+    answer: Callable[..., _Answer | None],
+    report: Reporter,
+    checkpoint: PassCheckpoint | None,
+) -> tuple[_Answer | None, bool]:
+    """Read the loader to its end, or until α is known well enough: α then, and whether it is."""
+    rule, ranks = one_pass.rule, one_pass.ranks
+    with contextlib.closing(one_pass.stream(loader, report, checkpoint)) as stream:  # the loader's workers end with it
+        if rule is None:
+            with ranks.together(READING):
+                for _ in stream:
+                    pass
+            return None, False
+
+        def is_known(found: _Answer | None) -> bool:
+            enough = found is not None and rule.look(found.solution.weights, found.without_fold)
+            return bool(ranks.decided(enough))
+
+        for labels in stream if one_pass.by_prompts else ranks.rounds(stream, READING):
+            if not rule.due(labels):
+                continue
+            found = answer(pull_back=not one_pass.has_gradients, last=False)
+            known = is_known(found)
+            if known and options.fitted and options.lam > 0:
+                # The sample has grown since its gradients were taken: with new ones the answer must hold too.
+                found = answer(pull_back=True, last=False)
+                known = is_known(found)
+            if known:
+                return found, True
+    return None, False
 
 
 def _result(
@@ -308,6 +306,7 @@ def _result(
     sample_h_scores: tuple[float, float],
     reached: float | None,
     kept_bytes: int,
+    keep_problem: bool,
 ) -> EnsembleResult:
     """The first rank's result. reached: the bound on the error that ended the stream; None: it came to its end."""
     problem, (weights, diagnostics), without_fold, gram, num_gradient_images = found
@@ -339,26 +338,11 @@ def _result(
         shrinkage_intensity=diagnostics.intensity,
         kept_bytes=kept_bytes,
         classes=problem.statistics.classes,
-        lam=float(lam),
+        lam=lam,
         settings=settings,
         backbone=vit.info,
+        problem=problem if keep_problem else None,
     )
-
-
-def _check_pass_options(
-    lam: float, gradient_images: int | None, folds: int, head: Head, shard: str, micro_batch: int | None
-) -> None:
-    if shard not in ("images", "prompts"):
-        raise OptionError(f"shard must be 'images' or 'prompts', got {shard!r}")
-    if folds < 1:
-        raise OptionError(f"folds must be at least 1, got {folds}")
-    if isinstance(head, str) and head not in FITTED:
-        raise OptionError(f"head must be one of {', '.join(map(repr, FITTED))}, or your own; got {head!r}")
-    if gradient_images is not None and gradient_images < 0:
-        raise OptionError(f"gradient_images must be at least 0, got {gradient_images}")
-    if gradient_images == 0 and lam > 0 and isinstance(head, str):
-        raise OptionError("gradient_images=0 leaves nothing to align: set lam=0 as well, or let it have images")
-    MicroBatch(micro_batch)  # which refuses a size below 1
 
 
 def _why_no_problem(statistics: EnsembleStatistics) -> str | None:

@@ -32,6 +32,8 @@ class Pass:
     """One pass over the images: statistics of the features, and gradients of the task loss by fold.
 
     Args:
+        sample: of the images, for the gradients of closed-form heads. rule: when to stop; None: at the end.
+        loss: of the caller's head, with which each batch goes forward and backward at once; None: a closed-form head.
         shards: how many loaders of this length will be merged here; 0 where its length says nothing.
         by_prompts: every rank reads all images and has a share of the prompts; else, all prompts and a share of images.
     """
@@ -41,7 +43,10 @@ class Pass:
         vit: FrozenViT,
         prompts: Tensor,
         statistics: EnsembleStatistics,
+        sample: ImageSample,
         *,
+        rule: StopRule | None,
+        loss: Callable[[Tensor, Tensor, slice], Tensor] | None,
         ranks: Ranks,
         by_prompts: bool,
         shards: int,
@@ -55,11 +60,10 @@ class Pass:
         self.vit, self.prompts = vit, prompts[share].to(vit.device, vit.dtype)
         self.options: dict[str, Any] = {"micro_batch": MicroBatch(micro_batch), "impl": impl}
         self.statistics, self.folds, self.shards = statistics, statistics.folds, shards
+        self.sample, self.rule, self._loss = sample, rule, loss
         self.gradients: Tensor | None = None  # of this rank [folds, M, p, d], summed over the images of each fold
         self.num_gradient_images = 0
         self._shared = False  # some rank has had gradients
-        self.sample: ImageSample | None = None
-        self.rule: StopRule | None = None
         self._whole = True  # all parts are of the same batches
 
     @property
@@ -68,25 +72,19 @@ class Pass:
         return self._shared or self.num_gradient_images > 0
 
     @property
-    def gradient_bytes(self) -> int:
-        return 0 if self.gradients is None else self.gradients.numel() * self.gradients.element_size()
+    def nbytes(self) -> int:
+        """Bytes kept: statistics, sample and gradients."""
+        gradients = 0 if self.gradients is None else self.gradients.numel() * self.gradients.element_size()
+        return self.statistics.nbytes + self.sample.nbytes + gradients
 
     def stream(
-        self,
-        loader: Iterable[Any],
-        report: Reporter,
-        *,
-        sample: ImageSample | None = None,
-        loss: Callable[[Tensor, Tensor, slice], Tensor] | None = None,
-        rule: StopRule | None = None,
-        checkpoint: PassCheckpoint | None = None,
+        self, loader: Iterable[Any], report: Reporter, checkpoint: PassCheckpoint | None = None
     ) -> Generator[Tensor, None, None]:
-        """Read the loader once, and yield the labels of each batch when it is done. With a loss, each batch goes
-        forward and backward at once. With a checkpoint, batches that it knows are passed over, and what is done is kept
-        when it is time, when the stream ends, and when it breaks off; not when the work between two batches does."""
-        self.sample, self.rule = sample, rule
+        """Read the loader once, and yield the labels of each batch when it is done. With a checkpoint, batches that it
+        knows are passed over, and what is done is kept when it is time, when the stream ends, and when it breaks off;
+        not when the work between two batches does."""
         try:
-            yield from self._stream(loader, report, loss, checkpoint)
+            yield from self._stream(loader, report, checkpoint)
         except GeneratorExit:
             raise
         except BaseException as error:
@@ -96,13 +94,7 @@ class Pass:
                 raise DataError(f"{failure}{kept}") from (error.__cause__ if failure is error else error)
             raise
 
-    def _stream(
-        self,
-        loader: Iterable[Any],
-        report: Reporter,
-        loss: Callable[[Tensor, Tensor, slice], Tensor] | None,
-        checkpoint: PassCheckpoint | None,
-    ) -> Iterator[Tensor]:
+    def _stream(self, loader: Iterable[Any], report: Reporter, checkpoint: PassCheckpoint | None) -> Iterator[Tensor]:
         # With collectives between them, the parts of a batch are done by all ranks or by none.
         step: Callable[[str], Any] = self.ranks.together if self.by_prompts else contextlib.nullcontext
         with step(READING):
@@ -120,18 +112,17 @@ class Pass:
                     report("images", done, total)
                     continue
                 with step(READING):
-                    if loss is None:
+                    if self._loss is None:
                         features = self._encode(images)
                         self._whole = False
                     else:
                         self._whole = False
-                        features = self._forward_backward(images, labels, loss)
+                        features = self._forward_backward(images, labels, self._loss)
                 if self.by_prompts:
                     features = torch.cat(self.ranks.gather(features))
                 with step(READING):
                     self.statistics.update(features, labels)
-                    if self.sample is not None:
-                        self.sample.update(images, labels, features)
+                    self.sample.update(images, labels, features)
                     if checkpoint is not None:
                         checkpoint.done()
                     report("images", done, total)
@@ -142,16 +133,14 @@ class Pass:
         if checkpoint is not None:
             checkpoint.end_of_stream(self)
 
-    def pull_back_sample(
-        self, head: FittedHead, statistics: EnsembleStatistics, sample: ImageSample, report: Reporter
-    ) -> None:
+    def pull_back_sample(self, head: FittedHead, statistics: EnsembleStatistics, report: Reporter) -> None:
         """Gradients of closed-form heads, each fitted without the fold that it scores, at the held-out temperature."""
         stage = "taking the gradients"
         self.gradients, self.num_gradient_images = None, 0
         if not self.by_prompts:
-            sample.share(self.ranks)
+            self.sample.share(self.ranks)
         with self.ranks.together(stage):
-            parts = [sample.fold(k) for k in range(self.folds)]
+            parts = [self.sample.fold(k) for k in range(self.folds)]
             heads = fit_heads(head, statistics, device=self.vit.device)
             logits, targets = held_out_logits(heads, [f for _, _, f in parts], [y for _, y, _ in parts])
         if not self.by_prompts:
@@ -165,12 +154,12 @@ class Pass:
                     self._add_gradients(k, images, labels, heads[k].loss)
                 report("gradients", k + 1, self.folds)
 
-    def mixing_gap(self, sample: ImageSample, weights: Tensor, mixed: Tensor, intensity: float) -> tuple[float, float]:
+    def mixing_gap(self, weights: Tensor, mixed: Tensor, intensity: float) -> tuple[float, float]:
         """H of the mixed features and of the mixed prompt's features, both on the gradient sample."""
         if not self.by_prompts:
-            sample.share(self.ranks)  # of all images read, also where gradients were taken of fewer
+            self.sample.share(self.ranks)  # of all images read, also where gradients were taken of fewer
         with self.ranks.together("judging the mixed prompt"):
-            images, labels, features = sample.all()
+            images, labels, features = self.sample.all()
             blend = under_mixture = torch.zeros(0, self.vit.width, dtype=torch.float64, device="cpu")
             if len(images):
                 blend = torch.tensordot(weights.to(features.device), features.double(), dims=1)

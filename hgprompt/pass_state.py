@@ -29,13 +29,13 @@ class Gathering(Protocol):
 
     Attributes:
         prompts: [M, p, d] or [M, L, p, d]. gradients: [folds, *prompts.shape], or None before the first.
-        num_gradient_images: in them. sample, rule: None where the pass has none.
+        num_gradient_images: in them. rule: None where the pass has none.
     """
 
     vit: FrozenViT
     prompts: Tensor
     statistics: EnsembleStatistics
-    sample: ImageSample | None
+    sample: ImageSample
     rule: StopRule | None
     gradients: Tensor | None
     num_gradient_images: int
@@ -53,7 +53,7 @@ def content_of(gathering: Gathering) -> tuple[dict[str, Tensor | Sequence[Tensor
     if batches:
         tensors["features"] = batches
         tensors["features.sizes"] = torch.tensor([part.shape[1] for part in batches], device="cpu")
-    if gathering.sample is not None and len(gathering.sample):
+    if len(gathering.sample):
         tensors["sample"] = gathering.sample.features
     if gathering.gradients is not None:
         tensors["gradients"] = gathering.gradients
@@ -65,7 +65,7 @@ def content_of(gathering: Gathering) -> tuple[dict[str, Tensor | Sequence[Tensor
 
 def size_of(gathering: Gathering) -> int:
     """Bytes of a checkpoint, about; above 0."""
-    parts = [] if gathering.sample is None else list(gathering.sample.features)
+    parts = gathering.sample.features
     parts += [] if gathering.gradients is None else [gathering.gradients]
     return 1 + gathering.statistics.nbytes + sum(part.numel() * part.element_size() for part in parts)
 
@@ -93,7 +93,7 @@ class Saved:
                 folds = range(gathering.statistics.folds)
                 kept = [self._moments(k, m, h, vit, labels[fold_of == k]) for k in folds]
             gathering.statistics.restore(labels, kept, vit.dtype)
-            if gathering.sample is not None and len(gathering.sample):
+            if len(gathering.sample):
                 sample = self._take("sample", (len(gathering.sample) * m * h,), vit.dtype)
                 gathering.sample.restore([_own(part.view(m, h), vit) for part in sample.split(m * h)])
         except StatisticsError as error:

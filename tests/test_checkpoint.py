@@ -375,8 +375,8 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
 class _Anything:
     """The least that a checkpoint asks of a pass."""
 
-    vit, prompts, statistics, sample, rule = passes.VIT, passes.prompts(), EnsembleStatistics(), None, None
-    gradients, num_gradient_images = None, 0
+    vit, prompts, statistics, sample = passes.VIT, passes.prompts(), EnsembleStatistics(), ImageSample(0, 1, seed=0)
+    rule, gradients, num_gradient_images = None, None, 0
 
 
 def _simulated(folder, monkeypatch, *, every, cost, assumed, batches):
