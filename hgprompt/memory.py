@@ -83,8 +83,8 @@ class Room:
 
         Args:
             shape: (M, h) of the features. dtype: theirs. images, classes: N and C, as far as is known.
-            device: where they are. held: bytes of them that lie there already. Of both, what the first call says counts
-                where there is no max_bytes: what is free then, and what is held, is the limit from then on.
+            device: where they are. held: bytes of them that lie there already. Without max_bytes the first call sets
+                the limit: what is free on the device then, and what is held.
             keep: None: what this was made with.
 
         Raises:

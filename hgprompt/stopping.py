@@ -27,7 +27,8 @@ class StopRule:
     A look finds the larger of two: what the sampling of the images leaves open (`weight_error`), and how far α has
     moved since half the images. The second sees what no resampling does, the drift of α as the shrinkage of the
     covariance fades: a drift of b/N moves α from N/2 to N by as much as is still to come. Neither sees a minimum that
-    takes over later, and a stop picks the looks that are too sure: the bound is twice the largest of three looks.
+    takes over later, and to stop at the first small bound is to choose the looks that are too sure: the bound is twice
+    the largest of three looks.
 
     It asks for a shuffled stream: as long as the labels of the first and of the second half are not of one mixture, it
     lets the stream run on, with a warning.

@@ -10,8 +10,8 @@ from hgprompt.errors import DataError, HGPromptError
 
 
 def end_workers(loader: Iterable[Any], iterator: Iterator[Any]) -> None:
-    """End a DataLoader's worker processes now. They would live as long as a traceback holds the iterator, and as long
-    as one that has died is known, PyTorch raises its error again whenever another process ends.
+    """End a DataLoader's worker processes now. Else they live as long as a traceback refers to the iterator, and
+    PyTorch raises the error of one that has died again whenever another child process ends.
 
     A loader whose iterator is a generator (as ours that skips images) ends its own where the generator is closed. A
     caller's generator that is itself the loader is left as it is: the caller may go on with it.

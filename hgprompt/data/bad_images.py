@@ -121,8 +121,9 @@ class ImageLoader(DataLoader[Any]):
     A pass raises and warns as `report_skipped` does, at its end, and knows of its own images only: of loaders that
     share images over ranks, each judges its share. Batches of which nothing is left do not appear.
 
-    What makes a new DataLoader of this one's parts, as `accelerate.Accelerator.prepare` does, loses what `__iter__`
-    does here: its batches have a third part, what was wrong. Prepare a DataLoader of `ImageDataset.readable()` instead.
+    Code that builds a new DataLoader from this one's parts, as `accelerate.Accelerator.prepare` does, goes past
+    `__iter__` and gets batches of three parts: images, labels, and what was wrong. Prepare a DataLoader of
+    `ImageDataset.readable()` instead.
     """
 
     def __init__(

@@ -43,7 +43,8 @@ class Experiment:
         targets: the paper's target tasks; None: its 13, and your own. sources: tasks whose prompts it needs; None: the
             paper's 13 and your own.
         methods: that it compares unless asked otherwise; empty: it has no choice.
-        cells: what has to be done. write: the files, from the records of all of them.
+        cells: what has to be done. write: the files, from the records of all of them. check: raises before any work
+            where something is missing that `write` needs.
     """
 
     name: str

@@ -71,8 +71,9 @@ GRIDS: dict[str, dict[str, Grid]] = {
         "fine-tune": _QUICK_FINE_TUNE,
     },
 }
-"""By name and kind of method: "full" is VPT's; "rates" has its rates and one weight decay; "quick" has four. The last
-two are for short budgets, for which VPT's largest rate of trained networks is too small: theirs are larger.
+"""By name and kind of method: "full" is VPT's; "rates" has its rates and one weight decay; "quick" has a few of
+them. The last two are for short budgets, for which VPT's largest rate of trained networks is too small: theirs are
+larger.
 "quick-adamw" is "quick" with AdamW for prompts, as ATTEMPT's authors train theirs (0.3 at a batch of 64 is a base rate
 of 1.2)."""
 
