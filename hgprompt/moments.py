@@ -15,6 +15,7 @@ from torch import Tensor
 from hgprompt.distributed import Ranks
 from hgprompt.errors import StatisticsError
 from hgprompt.kernels import moments as kernels
+from hgprompt.kernels.compiler import copied
 from hgprompt.kernels.mixture import assemble, assemble_reference, block_products, block_products_reference, mix
 
 _IMAGES_AT_ONCE = 1024  # bounds the float64 copy of a batch
@@ -257,6 +258,14 @@ class Moments:
         third = self.third + q * shift + 2 * along + 2 * (s @ shift) * shift + d * s + n * d * shift
         fourth = self.fourth + 4 * shift @ along + n * d * d + 4 * self.third @ shift + 2 * d * q + 4 * d * (s @ shift)
         return third, fourth
+
+
+def add_by_fold(moments: Sequence[Moments], features: Tensor, labels: Tensor, fold_of: Tensor) -> None:
+    """Add images to the moments of their folds: features [M, b, h], labels [b], folds [b] on the CPU."""
+    for k, part in enumerate(moments):
+        chosen = (fold_of == k).nonzero().flatten()
+        if len(chosen):
+            part.update(features[:, copied(chosen, features.device)], labels[chosen])
 
 
 def merged(by_fold: Sequence[Moments], without: int | None = None) -> Moments:

@@ -24,9 +24,9 @@ from hgprompt.arguments import is_floating, kind_of, whole
 from hgprompt.batch_checks import FiniteCheck, check_labels
 from hgprompt.distributed import Ranks, default_group
 from hgprompt.errors import OptionError, StatisticsError
-from hgprompt.kernels.compiler import copied
+from hgprompt.kept_features import KeptFeatures
 from hgprompt.memory import Keep, Representation, Room
-from hgprompt.moments import Moments, merged, mixed
+from hgprompt.moments import Moments, add_by_fold, merged, mixed
 from hgprompt.sample import folds_of
 
 logger = logging.getLogger(__name__)
@@ -76,9 +76,7 @@ class EnsembleStatistics:
         self._shape: tuple[int, int] | None = None
         self._dtype = torch.float64
         self._classes: set[int] = set()
-        self._features: list[Tensor] = []
-        self._labels: list[Tensor] = []
-        self._fold_of: list[Tensor] = []
+        self._features = KeptFeatures()
         self._moments: list[Moments] | None = None
         self._finite = FiniteCheck()
 
@@ -116,14 +114,13 @@ class EnsembleStatistics:
     @property
     def nbytes(self) -> int:
         """Bytes kept."""
-        tensors = [*self._features, *self._labels, *self._fold_of]
-        return sum(t.numel() * t.element_size() for t in tensors) + sum(m.nbytes for m in self._moments or [])
+        return self._features.nbytes + sum(m.nbytes for m in self._moments or [])
 
     @property
     def _device(self) -> torch.device:
         """Where the statistics are."""
         if self._features:
-            return self._features[0].device
+            return self._features.batches[0][0].device
         centres = [m.centre for m in self._moments or [] if m.centre is not None]
         return centres[0].device if centres else torch.device("cpu")
 
@@ -163,13 +160,11 @@ class EnsembleStatistics:
         self._num_images += batch
         self._classes |= new
         if self._moments is None:
-            self._features.append(features.detach().clone())
-            self._labels.append(labels)
-            self._fold_of.append(fold_of)
+            self._features.add(features.detach().clone(), labels, fold_of)
             if chosen == "moments":
                 self._to_moments()
         else:
-            _add_by_fold(self._moments, features.detach(), labels, fold_of)
+            add_by_fold(self._moments, features.detach(), labels, fold_of)
 
     def next_folds(self, batch: int) -> Tensor:
         """Folds of the next `batch` images [batch], int32."""
@@ -188,8 +183,8 @@ class EnsembleStatistics:
         features, labels = self.features_and_labels()
         part = self._like_this()
         part._num_images, part._shape, part._dtype = self._num_images, (len(prompts), self.width), self._dtype
-        part._classes, part._labels, part._fold_of = set(self._classes), [labels], [self.fold_of]
-        part._features = [features[list(prompts)]]
+        part._classes = set(self._classes)
+        part._features.add(features[list(prompts)], labels, self.fold_of)
         numbers = self._finite.numbers
         part._finite.numbers = list(prompts) if numbers is None else [numbers[i] for i in prompts]
         return part
@@ -217,9 +212,7 @@ class EnsembleStatistics:
         chosen = self._representation(other._shape, dtype, num_images, len(classes), self._device)
         self._shape, self._dtype, self._num_images, self._classes = other._shape, dtype, num_images, classes
         if self._moments is None and other._moments is None:
-            self._features += other._features
-            self._labels += other._labels
-            self._fold_of += other._fold_of
+            self._features.batches += other._features.batches
             if chosen == "moments":
                 self._to_moments()
             return
@@ -227,8 +220,8 @@ class EnsembleStatistics:
             self._to_moments()
         assert self._moments is not None
         if other._moments is None:
-            for batch in zip(other._features, other._labels, other._fold_of, strict=True):
-                _add_by_fold(self._moments, *batch)
+            for batch in other._features:
+                add_by_fold(self._moments, *batch)
         else:
             for mine, theirs in zip(self._moments, other._moments, strict=True):
                 mine.merge(theirs)
@@ -236,7 +229,9 @@ class EnsembleStatistics:
     def reduced(self, group: Any) -> EnsembleStatistics:
         """As `all_reduce`, and leave these statistics as they are: a new object."""
         whole = copy.copy(self)
-        whole._moments, whole._room = copy.deepcopy((self._moments, self._room))  # what all_reduce changes in place
+        # What is changed in place: by all_reduce, and by updates of these.
+        whole._moments, whole._room = copy.deepcopy((self._moments, self._room))
+        whole._features = KeptFeatures(self._features.batches)
         whole.all_reduce(group)
         return whole
 
@@ -276,13 +271,7 @@ class EnsembleStatistics:
         chosen = self._chosen_by_all(ranks.gather_json(kinds))
         device = self._device
         if chosen == "features":
-            self._join_batches()
-            features = torch.zeros(shape[0], 0, shape[1], dtype=dtype, device="cpu")
-            none = features, torch.zeros(0, dtype=torch.int64, device="cpu")
-            features, labels = (self._features[0], self._labels[0]) if self._features else none
-            fold_of = self._fold_of[0] if self._fold_of else torch.zeros(0, dtype=torch.int32, device="cpu")
-            self._features = ranks.gather(features, 1)
-            self._labels, self._fold_of = ranks.gather(labels), ranks.gather(fold_of)
+            self._features = self._features.of_all(ranks, shape, dtype)
         else:
             with ranks.together(_STAGE):
                 if self._moments is None:
@@ -306,9 +295,10 @@ class EnsembleStatistics:
         if self._moments is not None:
             state["moments"] = [m.state_dict() for m in self._moments]
         elif self._features:
-            state["features"] = torch.cat(self._features, dim=1)
-            state["labels"] = torch.cat(self._labels)
-            state["fold_of"] = torch.cat(self._fold_of)
+            parts = zip(*self._features, strict=True)
+            state["features"], state["labels"], state["fold_of"] = (
+                torch.cat(part, dim) for part, dim in zip(parts, (1, 0, 0), strict=True)
+            )
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -356,18 +346,14 @@ class EnsembleStatistics:
             labels = check_labels(labels, expected[1])
             if len(fold_of) and not (int(fold_of.min()) >= 0 and int(fold_of.max()) < self.folds):
                 raise StatisticsError(f"state has images of folds that are not there: there are {self.folds}")
-            loaded._features, loaded._labels, loaded._fold_of = (
-                [features.clone()],
-                [labels.clone()],
-                [fold_of.clone()],
-            )
+            loaded._features.add(features.clone(), labels.clone(), fold_of.clone())
             loaded._classes = set(labels.unique().tolist())
         return loaded
 
     def kept(self) -> list[Tensor] | list[Moments]:
         """What is kept, not copied: features [M, b, h] batch by batch, or the moments of every fold."""
         self._finite.finish()
-        return self._features if self._moments is None else self._moments
+        return [features for features, _, _ in self._features] if self._moments is None else self._moments
 
     def restore(self, labels: Tensor, kept: list[Tensor] | list[Moments], dtype: torch.dtype) -> None:
         """Take the place of a pass whose images had these labels [N], and which kept this of features of this dtype,
@@ -391,8 +377,9 @@ class EnsembleStatistics:
             sizes = [f.shape[1] for f in batches]
             if sum(sizes) != len(labels):
                 raise StatisticsError(f"features of {sum(sizes)} images, labels of {len(labels)}")
-            restored._features, restored._shape = batches, (len(first), first.shape[2])
-            restored._labels, restored._fold_of = list(labels.split(sizes)), list(folds.split(sizes))
+            restored._shape = len(first), first.shape[2]
+            for batch in zip(batches, labels.split(sizes), folds.split(sizes), strict=True):
+                restored._features.add(*batch)
         restored._dtype = dtype
         self.__dict__.update(restored.__dict__)
 
@@ -422,18 +409,16 @@ class EnsembleStatistics:
         if self._moments is not None:
             raise StatisticsError("features are no longer kept: moments took their place (keep='features' keeps them)")
         self._require_shape()
-        self._join_batches()
-        features, labels = self._features[0], self._labels[0]
+        features, labels, fold_of = self._features.joined()
         if without_fold is not None:
-            chosen = self._fold_of[0] != without_fold
+            chosen = fold_of != without_fold
             features, labels = features[:, chosen.to(features.device)], labels[chosen]
         return features, labels
 
     @property
     def fold_of(self) -> Tensor:
         """Fold of each image of `features_and_labels` [N]."""
-        self._join_batches()
-        return self._fold_of[0]
+        return self._features.joined()[2]
 
     def moments(self, without_fold: int | None = None) -> Moments:
         """Moments of all images, optionally without one fold (a new object, whatever is kept)."""
@@ -458,19 +443,8 @@ class EnsembleStatistics:
         return self._fold_moments(lambda f: mixed(f, weights)[None])
 
     def _fold_moments(self, select: Callable[[Tensor], Tensor]) -> list[Moments]:
-        self._join_batches()
-        moments: list[Moments] = []
-        for features, labels, fold_of in zip(self._features, self._labels, self._fold_of, strict=True):
-            selected = select(features)
-            moments = moments or [Moments(len(selected), selected.shape[2]) for _ in range(self.folds)]
-            _add_by_fold(moments, selected, labels, fold_of)
-        return moments
-
-    def _join_batches(self) -> None:
-        """One long batch instead of many short ones."""
-        if len(self._features) > 1:
-            self._features = [torch.cat(self._features, dim=1)]
-            self._labels, self._fold_of = [torch.cat(self._labels)], [torch.cat(self._fold_of)]
+        self._features.joined()
+        return self._features.moments(self.folds, select)
 
     def _require_shape(self) -> tuple[int, int]:
         self._finite.finish()
@@ -515,18 +489,9 @@ class EnsembleStatistics:
         )[0]
 
     def _to_moments(self) -> None:
-        moments = [Moments(*self._require_shape()) for _ in range(self.folds)]
-        for batch in zip(self._features, self._labels, self._fold_of, strict=True):
-            _add_by_fold(moments, *batch)
+        moments = self._features.moments(self.folds) or [Moments(*self._require_shape()) for _ in range(self.folds)]
         logger.info("%d images: moments take the place of features from here on", self._num_images)
-        self._moments, self._features, self._labels, self._fold_of = moments, [], [], []
-
-
-def _add_by_fold(moments: list[Moments], features: Tensor, labels: Tensor, fold_of: Tensor) -> None:
-    for k, part in enumerate(moments):
-        chosen = (fold_of == k).nonzero().flatten()
-        if len(chosen):
-            part.update(features[:, copied(chosen, features.device)], labels[chosen])
+        self._moments, self._features = moments, KeptFeatures()
 
 
 def _mean(moments: Sequence[Moments], ranks: Ranks, total: int) -> Tensor:
