@@ -52,9 +52,11 @@ def gather(folder: Path) -> dict[str, Any]:
 
 
 def _short(record: Any) -> Any:
-    """A cell's record in figures of six digits, without what is left out."""
+    """A cell's record in figures of six digits, without what is left out; accuracies whole, so that equal ones are."""
     if isinstance(record, dict):
         short = {key: _short(value) for key, value in record.items() if key not in _LEFT_OUT}
+        if "accuracies" in record:
+            short["accuracies"] = record["accuracies"]
         if "chosen" in record:
             short |= {name: record["chosen"][name] for name in ("lr", "weight_decay")}
         if "grid" in record:
