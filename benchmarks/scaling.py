@@ -23,8 +23,8 @@ HALVING = 0.25
 ASSUMED_SHARE = 0.5
 """Of a GPU's peak that the network reaches. An assumption: not measured."""
 RATES = {  # FLOP/s
-    "two CPU cores, float32": 202e9,
-    "two CPU cores, bfloat16": 646e9,
+    "two CPU cores, float32": 201e9,
+    "two CPU cores, bfloat16": 645e9,
     "one A800": ASSUMED_SHARE * 312e12,
     "8 × A800": 8 * ASSUMED_SHARE * 312e12,
     "64 × A800": 64 * ASSUMED_SHARE * 312e12,
