@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hgprompt.errors import DistributedError
+from hgprompt.errors import DistributedError, OptionError
 
 if dist.is_available():
     # Its functions' default argument is the group there is when it is imported, as timm and the compiler import it.
@@ -258,6 +258,18 @@ def default_group() -> Any:
     if not dist.is_available() or not dist.is_initialized():
         raise DistributedError("there is no torch.distributed process group: call init_process_group first")
     return dist.group.WORLD
+
+
+def place_in_job() -> tuple[int, int]:
+    """Rank and number of the processes of a job, as torchrun says in RANK and WORLD_SIZE; (0, 1) where nothing says it.
+
+    Raises:
+        OptionError: they say something else than a rank.
+    """
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise OptionError(f"RANK {rank!r} of WORLD_SIZE {world!r} is no share of the work: unset both")
+    return int(rank), int(world)
 
 
 def meeting_place() -> dict[str, Any]:

@@ -28,23 +28,21 @@ def job(device: str | None) -> Iterator[Job]:
     Raises:
         OptionError: RANK and WORLD_SIZE say something else than a rank.
     """
-    from hgprompt.paper.cells import Share
-
-    share = Share.of_environment()
-    if share.world == 1:
-        yield Job()
-        return
     import torch
     import torch.distributed as dist
 
-    from hgprompt.distributed import meeting_place
+    from hgprompt.distributed import meeting_place, place_in_job
 
+    rank, world = place_in_job()
+    if world == 1:
+        yield Job()
+        return
     gpu = None if (device or "cuda").startswith("cpu") else own_gpu()
     on_gpu = gpu is not None
     if on_gpu:
         torch.cuda.set_device(gpu)
     dist.init_process_group("nccl" if on_gpu else "gloo", **meeting_place())
-    yield Job(dist.group.WORLD, share.rank, share.world)
+    yield Job(dist.group.WORLD, rank, world)
     dist.destroy_process_group()  # not after an error: other ranks may never come to it
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hgprompt.distributed import place_in_job
 from hgprompt.errors import FileFormatError, OptionError
 from hgprompt.files import differences, make_directory, read_json, write_text
 from hgprompt.progress import Progress, Reporter
@@ -83,10 +84,8 @@ class Share:
         Raises:
             OptionError: they say something else than a rank.
         """
-        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-            raise OptionError(f"RANK {rank!r} of WORLD_SIZE {world!r} is no share of the work: unset both")
-        return cls(int(rank), int(world), helps=os.environ.get("LOCAL_WORLD_SIZE") == world)
+        rank, world = place_in_job()
+        return cls(rank, world, helps=os.environ.get("LOCAL_WORLD_SIZE") == str(world))
 
     def of(self, cells: Sequence[Cell]) -> list[Cell]:
         """This process's cells, in the order of the plan: each cell, the costliest first, goes to whoever has least."""
