@@ -33,7 +33,7 @@ def plot_matrix(matrix: Matrix, names: Sequence[str], title: str, path: str | Pa
 def plot_weights(
     weights: Mapping[str, Matrix], targets: Sequence[str], sources: Sequence[str], path: str | Path
 ) -> None:
-    """Fig. 4: how much each method takes of every source for every target.
+    """Fig. 4: how much each method takes of every source for every target; the most for a target in bold.
 
     Args:
         weights: {method: [T, M]}, rows on the simplex.
@@ -47,10 +47,12 @@ def plot_weights(
     width, height = max(3.4, 0.36 * len(sources) + 1.6), max(2.6, 0.34 * len(targets) + 1.5)
     figure = new_figure(columns * width + 0.8, rows * height)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    largest = max(float(matrix.max()) for matrix in weights.values())
     picture = None
     for axis, (method, matrix) in zip(grid.flat, weights.items(), strict=False):
-        picture = axis.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
-        _cells(axis, matrix, targets, sources, threshold=0.55, digits=len(sources) <= 14)
+        picture = axis.imshow(matrix, cmap="Blues", vmin=0, vmax=largest)
+        most = matrix == matrix.max(axis=1, keepdims=True)
+        _cells(axis, matrix, targets, sources, threshold=0.55 * largest, digits=len(sources) <= 14, bold=most)
         axis.set_title(method)
     for axis in list(grid.flat)[len(weights) :]:
         axis.set_visible(False)
@@ -192,9 +194,16 @@ def plot_scores(
 
 
 def _cells(
-    axis: Any, matrix: Matrix, rows: Sequence[str], columns: Sequence[str], *, threshold: float, digits: bool
+    axis: Any,
+    matrix: Matrix,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    threshold: float,
+    digits: bool,
+    bold: NDArray[np.bool_] | None = None,
 ) -> None:
-    """Names beside a heat map, and its numbers within."""
+    """Names beside a heat map, and its numbers within; white ones on what is above the threshold."""
     _names(axis, rows, columns, longest=16)
     if not digits:
         return
@@ -203,7 +212,8 @@ def _cells(
             ink = "white" if abs(value) > threshold else "0.15"
             text = f"{value:.2f}" if abs(value) < 0.995 else f"{value:.0f}"
             text = text.replace("0.", ".", 1).replace("-.00", ".00").replace("-", "−")
-            axis.text(j, i, text, ha="center", va="center", fontsize=7.5, color=ink)
+            weight = "bold" if bold is not None and bold[i, j] else "normal"
+            axis.text(j, i, text, ha="center", va="center", fontsize=7.5, color=ink, fontweight=weight)
 
 
 def _names(axis: Any, rows: Sequence[str], columns: Sequence[str], *, longest: int) -> None:

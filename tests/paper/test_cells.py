@@ -207,6 +207,25 @@ def test_without_locks_each_keeps_to_its_share(tmp_path, monkeypatch):
     assert {int(i) for i in (tmp_path / "log").read_text().split()} == mine
 
 
+def test_the_costliest_cells_are_dealt_first():
+    plan = [Cell(f"{i}", {}, lambda _: {}, cost=cost) for i, cost in enumerate((1, 1, 1, 3))]
+    shares = [Share(rank, 2).of(plan) for rank in range(2)]
+    assert [sum(cell.cost for cell in share) for share in shares] == [3, 3]  # in the plan's order: 2 and 4
+    assert sorted(cell.key for share in shares for cell in share) == ["0", "1", "2", "3"]
+
+
+def test_what_another_process_finishes_meanwhile_is_not_done_again(tmp_path):
+    store, done = Store(tmp_path), []
+
+    def first(_):
+        store.put(plan[1], {"by": "another"})
+        return {}
+
+    plan = [Cell("first", {}, first), Cell("second", {}, lambda _: done.append("again") or {})]
+    assert run_cells(store, plan)["second"] == {"by": "another"}
+    assert done == []
+
+
 def test_one_that_helps_does_not_wait_for_a_process_that_died(tmp_path):
     plan = cells(tmp_path)
     found = run_cells(Store(tmp_path), plan, share=Share(1, 2, helps=True), wait=True)  # rank 0 never came
