@@ -226,6 +226,15 @@ def test_what_another_process_finishes_meanwhile_is_not_done_again(tmp_path):
     assert done == []
 
 
+def test_checkpoints_of_a_finished_cell_are_cleaned_up(tmp_path):
+    """A kill between a cell's file and its clean-up leaves checkpoints that nobody needs."""
+    store, cell = Store(tmp_path), Cell("one", {}, lambda _: {"never": "run"})
+    store.put(cell, {"value": 1})
+    store.checkpoints(cell).mkdir(parents=True)
+    assert run_cells(store, [cell])["one"] == {"value": 1}
+    assert not store.has_checkpoints(cell)
+
+
 def test_one_that_helps_does_not_wait_for_a_process_that_died(tmp_path):
     plan = cells(tmp_path)
     found = run_cells(Store(tmp_path), plan, share=Share(1, 2, helps=True), wait=True)  # rank 0 never came
