@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from hgprompt.distributed import place_in_job
-from hgprompt.errors import FileFormatError, OptionError
+from hgprompt.errors import FileFormatError, OptionError, OutputError
 from hgprompt.files import differences, make_directory, read_json, write_text
 from hgprompt.progress import Progress, Reporter
 from hgprompt.strict_json import jsonable
@@ -264,12 +264,14 @@ def _alone(lock: Path) -> Iterator[None]:
 def _claimed(directory: Path) -> Iterator[bool | None]:
     """`_lock` of a directory, which is made where it is not there."""
     while True:
-        make_directory(directory)
         try:
+            directory.mkdir(parents=True, exist_ok=True)
             handle = os.open(directory, os.O_RDONLY)
             break
         except FileNotFoundError:  # whoever had it has just finished, and cleaned up
             continue
+        except OSError as error:
+            raise OutputError(f"cannot write into {directory}: {error.strerror or error}") from error
     try:
         yield _lock(handle)
     finally:

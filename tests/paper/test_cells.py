@@ -229,10 +229,26 @@ def test_what_another_process_finishes_meanwhile_is_not_done_again(tmp_path):
 def test_checkpoints_of_a_finished_cell_are_cleaned_up(tmp_path):
     """A kill between a cell's file and its clean-up leaves checkpoints that nobody needs."""
     store, cell = Store(tmp_path), Cell("one", {}, lambda _: {"never": "run"})
+    store.directory.mkdir()
     store.put(cell, {"value": 1})
     store.checkpoints(cell).mkdir(parents=True)
     assert run_cells(store, [cell])["one"] == {"value": 1}
     assert not store.has_checkpoints(cell)
+
+
+def test_a_claim_outlives_another_processs_clean_up(tmp_path, monkeypatch):
+    """Whoever had the cell deletes its folder between the making of it here and the opening."""
+    store, cell, opened, left = Store(tmp_path), Cell("one", {}, lambda _: {}), os.open, iter([True])
+
+    def gone_once(path, flags, *rest, **options):
+        if str(path).endswith("one") and flags == os.O_RDONLY and next(left, False):
+            Path(path).rmdir()
+        return opened(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", gone_once)
+    with store.claimed(cell) as alone:
+        assert alone
+    assert next(left, None) is None  # it was deleted
 
 
 def test_one_that_helps_does_not_wait_for_a_process_that_died(tmp_path):
