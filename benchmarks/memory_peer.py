@@ -1,4 +1,4 @@
-"""Peak memory of the network, ours beside the loop over prompts with timm: `python benchmarks/memory_peer.py [out]`.
+"""Peak memory of the network beside the loop over prompts with timm: `python benchmarks/memory_peer.py OUT [dtype]`.
 
 ViT-B/16 at 224 pixels, two prompts of 50 tokens, 8 images, forward and backward to the prompts; every case in a process
 of its own. *base* is what is resident before the pass (libraries and weights), *peak* the most during it; what packing
@@ -57,7 +57,7 @@ def measure(who: str, dtype_name: str) -> dict[str, float | str]:
 
 def main() -> None:
     rows = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in sys.argv[2:] or ("float32", "bfloat16"):
         for who in ("ours", "timm loop"):
             command = [sys.executable, __file__, "--case", who, dtype]
             rows.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
