@@ -25,7 +25,7 @@ def test_grid(paired, benchmark, deep, seeds):
     pixels = torch.randint(0, 256, (32, 3, *vit.image_size), generator=g, dtype=torch.uint8)
     images = LabelledImages("noise", pixels, torch.arange(32) % 10)
     # Selection trains a grid with one seed, the final runs one point with three.
-    points = GRID.configs(TuneConfig(epochs=1, batch_size=16))
+    points = GRID.configs(TuneConfig(epochs=1, batch_size=16), "prompt")
     configs = points if seeds == 1 else [TuneConfig(epochs=1, batch_size=16, seed=seed) for seed in (42, 44, 82)]
 
     def run(chosen):

@@ -113,7 +113,8 @@ class WeightProblem:
     (`hgprompt.reduced_basis`) in which all minimisations run; each answer is checked against the whole objective.
 
     Args:
-        as for `optimize_weights`.
+        statistics, gram, shrinkage, normalize, solver, starts, tolerance, max_steps, learning_rate, seed: as for
+            `optimize_weights`; they hold for every question.
     """
 
     def __init__(
@@ -162,6 +163,7 @@ class WeightProblem:
         """The best of several starts for one λ.
 
         Args:
+            lam: λ ≥ 0.
             warm: weights [M] to start from too; what is found is no worse than they are.
         """
         check_lam(lam)
@@ -169,7 +171,7 @@ class WeightProblem:
 
     def path(self, lams: Sequence[float]) -> list[Solution]:
         """Solutions along λ, in the order given. The largest λ is solved first, where the problem is closest to
-        convex; each solution is one more start for the next."""
+        convex; each solution is one more start for the next (not by projected gradient, which has one start)."""
         if not isinstance(lams, Sequence):
             raise OptionError(f"lams must be a sequence of numbers, got {lams!r:.80}; solve takes a single λ")
         found: dict[float, Solution] = {}
@@ -177,7 +179,7 @@ class WeightProblem:
         for lam in sorted(set(lams), reverse=True):
             check_lam(lam)
             found[lam] = self._solve(lam, self._everyone, warm=warm)
-            warm = [found[lam].weights.numpy()]
+            warm = self._warm(found[lam])
         return [found[lam] for lam in lams]
 
     def ablations(self, lam: float) -> dict[str, Solution]:
@@ -210,7 +212,7 @@ class WeightProblem:
         """
         if self.size < 2:
             raise OptionError("a pool of one prompt has none to leave out")
-        warm = [self.solve(lam).weights.numpy()]
+        warm = self._warm(self.solve(lam))
         return [self._solve(lam, np.delete(self._everyone, i), warm=warm) for i in range(self.size)]
 
     def jackknife(self, solution: Solution, fold_grams: Sequence[Tensor] | None, lam: float) -> Tensor:
@@ -270,12 +272,17 @@ class WeightProblem:
                 tilted.append(_Tilted(cheap, minimum, value_k - value, gradient_k - gradient))
             if reduced is not None:
                 reduced.show(minimum)
-            reached = [self._minimize(function, minimum) for function in tilted]
+            reached = [self._refine(function, minimum) for function in tilted]
             if reduced is not None:
                 reached = self._touch_down(tilted, reached, reduced)
             for k, found in zip(known, reached, strict=True):
                 best[k] = min(best[k], (found.value, found.weights), key=lambda pair: pair[0])
         return torch.from_numpy(np.stack([weights for _, weights in best]))
+
+    def _warm(self, solution: Solution) -> list[Vector]:
+        """A start for a problem like the one that was solved. Projected gradient has none: it takes a fixed number of
+        steps, so that its answers would depend on what was asked before."""
+        return [] if self.solver == "projected-gradient" else [solution.weights.numpy()]
 
     @property
     def _everyone(self) -> NDArray[np.int64]:
@@ -328,7 +335,7 @@ class WeightProblem:
                     value, gradient = functions[k](points[k])
                     gap = simplex.frank_wolfe_gap(points[k], gradient)
                     here = Minimum(points[k], value, gap, rounds, rounds, gap <= self.tolerance)
-                    further = here if here.converged else self._minimize(functions[k], points[k])
+                    further = here if here.converged else self._refine(functions[k], points[k])
                     if further.value >= value or rounds == _ROUNDS:  # converged, or out of float64's digits
                         reached[k] = here
                     else:
@@ -348,6 +355,10 @@ class WeightProblem:
         if self.solver == "exponentiated-gradient":
             steps = 10 * self.max_steps
             return simplex.exponentiated_gradient(function, start, tolerance=self.tolerance, max_steps=steps)
+        return self._refine(function, start)
+
+    def _refine(self, function: Function, start: Vector) -> Minimum:
+        """From close to a minimum, whatever solver came there: a few evaluations."""
         return simplex.quasi_newton(function, start, tolerance=self.tolerance, max_steps=self.max_steps)
 
     def _solution(

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hgprompt.arguments import real, whole
-from hgprompt.encoder import Impl
+from hgprompt.encoder import Impl, MicroBatch
 from hgprompt.errors import OptionError
 from hgprompt.memory import Keep
 from hgprompt.objective import Shrinkage
 from hgprompt.optimize import Solver, check_lam, check_problem
+from hgprompt.stopping import StopRule
 from hgprompt.task_loss import FITTED, Head
 
 
@@ -64,6 +65,9 @@ class Options:
             raise OptionError(f"shard must be 'images' or 'prompts', got {self.shard!r}")
         if self.folds < 1:
             raise OptionError(f"folds must be at least 1, got {self.folds}")
+        MicroBatch(self.micro_batch)  # which refuses a size below 1
+        if self.tolerance is not None:
+            StopRule(self.tolerance, self.folds)  # which knows what goes with what
         if self.fitted and self.head not in FITTED:
             raise OptionError(f"head must be one of {', '.join(map(repr, FITTED))}, or your own; got {self.head!r}")
         if self.gradient_images is not None and self.gradient_images < 0:

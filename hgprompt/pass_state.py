@@ -65,8 +65,8 @@ def content_of(gathering: Gathering) -> tuple[dict[str, Tensor | Sequence[Tensor
 
 def size_of(gathering: Gathering) -> int:
     """Bytes of a checkpoint, about; above 0."""
-    parts = gathering.sample.features
-    parts += [] if gathering.gradients is None else [gathering.gradients]
+    gradients = [] if gathering.gradients is None else [gathering.gradients]
+    parts = [*gathering.sample.features, *gradients]
     return 1 + gathering.statistics.nbytes + sum(part.numel() * part.element_size() for part in parts)
 
 

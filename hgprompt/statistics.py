@@ -418,6 +418,7 @@ class EnsembleStatistics:
     @property
     def fold_of(self) -> Tensor:
         """Fold of each image of `features_and_labels` [N]."""
+        self._require_shape()
         return self._features.joined()[2]
 
     def moments(self, without_fold: int | None = None) -> Moments:
@@ -489,7 +490,8 @@ class EnsembleStatistics:
         )[0]
 
     def _to_moments(self) -> None:
-        moments = self._features.moments(self.folds) or [Moments(*self._require_shape()) for _ in range(self.folds)]
+        shape = self._require_shape()
+        moments = self._features.moments(self.folds) or [Moments(*shape) for _ in range(self.folds)]
         logger.info("%d images: moments take the place of features from here on", self._num_images)
         self._moments, self._features = moments, KeptFeatures()
 

@@ -304,3 +304,26 @@ def test_the_jackknife_wants_two_images_to_a_fold(images, known):
     statistics.update(data(images, 3, 4, 2)[0], torch.arange(images) % 2)
     problem = WeightProblem(statistics)
     assert bool(problem.jackknife(problem.solve(0.0), None, 0.0).isfinite().all()) == known
+
+
+def test_the_jackknife_is_refined_alike_by_whatever_solver():
+    features, labels = data(120, 4, 6, 3)
+    known = {}
+    for solver in ("quasi-newton", "exponentiated-gradient"):
+        problem = WeightProblem(statistics_of(features, labels, folds=4), solver=solver)
+        solution = problem.solve(0.0)
+        before = problem.score.evaluations
+        known[solver] = problem.jackknife(solution, None, 0.0)
+        assert problem.score.evaluations - before < 200  # steps of exponentiated gradient would be thousands
+    # From minima that both solvers found to a gap of 1e-6.
+    torch.testing.assert_close(*known.values(), rtol=0, atol=1e-2)
+
+
+def test_by_projected_gradient_an_answer_does_not_depend_on_what_else_is_asked():
+    features, labels = data(60, 4, 6, 3)
+    problem = WeightProblem(
+        statistics_of(features, labels), random_gram(4, seed=1), solver="projected-gradient", starts=1, max_steps=30
+    )
+    alone = problem.solve(0.0).weights
+    assert torch.equal(problem.path([0.0, 0.1, 1.0])[0].weights, alone)
+    assert float(problem.leave_one_out(0.0)[2].weights[2]) == 0

@@ -10,6 +10,8 @@ import typer
 
 from hgprompt.cli import options
 
+SPLIT = "train800val200"
+
 
 def ensemble(
     pool: Annotated[Path, typer.Argument(help="Prompt pool, a .safetensors file (train-source makes one).")],
@@ -23,7 +25,7 @@ def ensemble(
     mean: options.Mean = None,
     std: options.Std = None,
     interpolation: options.Interpolation = None,
-    split: options.Split = "train800val200",
+    split: options.Split = SPLIT,
     limit: options.Limit = None,
     bad_images: options.BadImages = "stop",
     follow_links: options.FollowLinks = False,
@@ -121,10 +123,15 @@ def ensemble(
         return
     show.print_ensemble(result, options.task_name(data))
     show.print_files(files)
-    tune = ["hgprompt", "tune", data]
-    for option, value in {"--backbone": backbone, "--weights": weights}.items():
-        tune += [] if value is None else [option, str(value)]
-    show.print_starts(tune, out, f"{pool}:{result.best_single}")
+    # The same network and the same images, whatever they were.
+    shared = {
+        "--backbone": backbone, "--weights": weights, "--image-size": image_size, "--mean": mean, "--std": std,
+        "--interpolation": interpolation, "--split": split if split != SPLIT else None, "--limit": limit,
+        "--bad-images": bad_images if bad_images != "stop" else None, "--device": device,
+    }  # fmt: skip
+    given = [part for name, value in shared.items() if value is not None for part in (name, str(value))]
+    given += ["--follow-links"] if follow_links else []
+    show.print_starts(["hgprompt", "tune", data, *given], out, f"{pool}:{result.best_single}")
 
 
 def _shrinkage(text: str) -> Any:

@@ -39,9 +39,9 @@ def print_starts(tune: Sequence[str], mixture: Path, best_single: str) -> None:
     tune: the command without its start. best_single: POOL:NAME of the prompt of the highest H.
     """
     typer.echo(
-        f"tune from the mixture:\n  {shlex.join([*tune, '--start', str(mixture)])}\n"
+        f"tune from the mixture:\n  {shlex.join([*tune, '--start', str(mixture), '-o', str(mixture / 'tuned')])}\n"
         "with few images or epochs, from the prompt of the highest H under a fitted head, which led on real tasks:\n"
-        f"  {shlex.join([*tune, '--start', best_single, '--head', 'fitted'])}"
+        f"  {shlex.join([*tune, '--start', best_single, '--head', 'fitted', '-o', str(mixture / 'tuned-best-single')])}"
     )
 
 

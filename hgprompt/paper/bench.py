@@ -61,7 +61,8 @@ def method_cell(lab: Lab, name: str, task: str) -> Cell:
     options = {
         **identified(method), "pool": lab.pool_identity(lab.sources(without=task)) if method.uses_pool else "",
         "seeds": list(plan.seeds), "epochs": plan.epochs, "batch_size": plan.batch_size,
-        "grid": dataclasses.asdict(grid), "test_limit": plan.test_limit,
+        "grid": {name: value for name, value in dataclasses.asdict(grid).items() if value is not None},
+        "test_limit": plan.test_limit,
     }  # fmt: skip
     return Cell(
         method_key(method, lab.task(task).name),

@@ -137,14 +137,15 @@ def pull_back_runs(
     parameters: Sequence[Mapping[str, Tensor]],
     *,
     penalty: Penalty | None = None,
-    **options: Any,
+    micro_batch: int | MicroBatch | None = None,
+    impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss of a batch, back to the prompts (returned) and to the heads (in their .grad).
 
     Args:
         prompts: [R, p, d] or [R, L, p, d]. images: [B, 3, H, W] or [R, B, 3, H, W]. labels: [B] or [R, B].
         parameters: of the runs; their heads are read, and get gradients.
-        penalty: added to the cross-entropy. options: of `pull_back`.
+        penalty: added to the cross-entropy. micro_batch, impl: as for `encode`.
 
     Returns:
         losses [R], summed over images, correct answers [R] (float64, CPU), and gradients of the mean loss, as prompts.
@@ -158,7 +159,7 @@ def pull_back_runs(
         losses = cross_entropies(logits, labels[runs, images])[0]
         return losses if penalty is None else losses + penalty(logits, runs, images)
 
-    features, _, gradient = pull_back(backbone, prompts, images, loss, **options)
+    features, _, gradient = pull_back(backbone, prompts, images, loss, micro_batch=micro_batch, impl=impl)
     # The heads' gradients come from the same features, all at once.
     logits = linear_logits(features, parameters)
     losses, correct = cross_entropies(logits, labels)

@@ -34,16 +34,21 @@ SEEDS = (42, 44, 82)
 
 @dataclass(frozen=True)
 class Grid:
-    """Base learning rates and weight decays that compete, under one optimiser."""
+    """Base learning rates and weight decays that compete.
+
+    Attributes:
+        optimizer: None: what goes with the kind of method, AdamW for "fine-tune", else SGD.
+    """
 
     rates: tuple[float, ...]
     decays: tuple[float, ...]
-    optimizer: Optimizer = "sgd"
+    optimizer: Optimizer | None = None
 
-    def configs(self, config: TuneConfig) -> list[TuneConfig]:
-        """The grid's points: everything else is config's."""
+    def configs(self, config: TuneConfig, kind: str) -> list[TuneConfig]:
+        """The grid's points for a kind of method: everything but rate, decay and optimiser is config's."""
+        optimizer = self.optimizer or ("adamw" if kind == "fine-tune" else "sgd")
         return [
-            dataclasses.replace(config, lr=lr, head_lr=None, weight_decay=decay, optimizer=self.optimizer)
+            dataclasses.replace(config, lr=lr, head_lr=None, weight_decay=decay, optimizer=optimizer)
             for lr, decay in itertools.product(self.rates, self.decays)
         ]
 
@@ -52,17 +57,17 @@ _DECAYS = (0.01, 0.001, 0.0001, 0.0)
 _RATES = (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
 _QUICK = Grid((25.0, 10.0, 2.5, 0.5), (0.0001,))
 _FINE_TUNE_RATES = (0.005, 0.001, 0.0005, 0.0001)
-_QUICK_FINE_TUNE = Grid((0.32, 0.08, 0.02, 0.005, 0.001), (0.0001,), "adamw")
+_QUICK_FINE_TUNE = Grid((0.32, 0.08, 0.02, 0.005, 0.001), (0.0001,))
 GRIDS: dict[str, dict[str, Grid]] = {
     "full": {
         "prompt": Grid(_RATES, _DECAYS),
         "linear": Grid(_RATES, _DECAYS),
-        "fine-tune": Grid(_FINE_TUNE_RATES, _DECAYS, "adamw"),
+        "fine-tune": Grid(_FINE_TUNE_RATES, _DECAYS),
     },
     "rates": {
         "prompt": Grid(_RATES, (0.0001,)),
         "linear": Grid(_RATES, (0.0001,)),
-        "fine-tune": Grid((0.32, 0.16, 0.08, 0.04, 0.02, 0.01, *_FINE_TUNE_RATES), (0.0001,), "adamw"),
+        "fine-tune": Grid((0.32, 0.16, 0.08, 0.04, 0.02, 0.01, *_FINE_TUNE_RATES), (0.0001,)),
     },
     "quick": {"prompt": _QUICK, "linear": _QUICK, "fine-tune": _QUICK_FINE_TUNE},
     "quick-adamw": {
@@ -71,8 +76,8 @@ GRIDS: dict[str, dict[str, Grid]] = {
         "fine-tune": _QUICK_FINE_TUNE,
     },
 }
-"""By name and kind of method: "full" is VPT's; "rates" has its rates and one weight decay; "quick" has a few of
-them. The last two are for short budgets, for which VPT's largest rate of trained networks is too small: theirs are
+"""By name and kind of method: "full" is VPT's; "rates" has its rates and one weight decay; "quick" has four or
+five. The last two are for short budgets, for which VPT's largest rate of trained networks is too small: theirs are
 larger.
 "quick-adamw" is "quick" with AdamW for prompts, as ATTEMPT's authors train theirs (0.3 at a batch of 64 is a base rate
 of 1.2)."""
@@ -163,7 +168,7 @@ def select_and_retrain(
         if grid not in GRIDS:
             raise OptionError(f"grid must be one of {sorted(GRIDS)} or a Grid, got {grid!r}")
         grid = GRIDS[grid][method.kind]
-    points = grid.configs(config or TuneConfig())
+    points = grid.configs(config or TuneConfig(), method.kind)
     if not seeds or not points:
         raise OptionError("the protocol needs at least one seed, one rate and one decay")
     points = [dataclasses.replace(point, seed=seeds[0]) for point in points]

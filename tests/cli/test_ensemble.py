@@ -71,19 +71,33 @@ def test_ensemble_and_inspect(place, here):
     assert "24 images of 3 classes" in done.out
     assert "birds" not in done.out
     assert sorted(os.listdir(place / "out")) == ["ensemble.png", "ensemble.safetensors", "report.json"]
-    starts = [shlex.split(line) for line in done.out.splitlines() if line.startswith("  hgprompt tune ")]
-    best = EnsembleResult.load(place / "out").best_single
-    assert [start[-1] for start in starts] == ["out", "fitted"]
-    assert f"pool.safetensors:{best}" in starts[1]
-    for number, (_, *command) in enumerate(starts):  # as they are printed, they can be run
-        tuned = here(place, *command, "--epochs", "1", "--device", "cpu", "-o", f"tuned{number}")
-        assert tuned.code == 0, tuned.err
     again = here(place, "inspect", "out")
     assert again.code == 0
     assert "cats" in again.out
     shown = here(place, "inspect", "pool.safetensors")
     assert "3 shallow prompts of 4 tokens, 192 wide" in shown.out
     assert "[red]cats" in shown.out  # shown, not interpreted
+
+
+@pytest.mark.filterwarnings("default::hgprompt.errors.HGPromptWarning")  # of the image that is skipped
+def test_the_commands_that_it_ends_with_can_be_run_as_they_are(place, here):
+    import shutil
+
+    shutil.copytree(place / "task", place / "damaged")
+    (place / "damaged" / "red" / "3.png").write_bytes(b"no image")
+    options = ("--bad-images", "skip", "--limit", "24", "--follow-links")
+    done = here(place, "ensemble", "pool.safetensors", "damaged", *ENSEMBLE[3:], "-o", "of damaged", *options)
+    assert done.code == 0, done.err
+    commands = [shlex.split(line) for line in done.out.splitlines() if line.startswith("  hgprompt tune ")]
+    best = EnsembleResult.load(place / "of damaged").best_single
+    assert [command[command.index("--start") + 1] for command in commands] == ["of damaged", f"pool.safetensors:{best}"]
+    for command, folder in zip(commands, ("tuned", "tuned-best-single"), strict=True):
+        assert all(part in command for part in ("--weights", *options))
+        tuned = here(place, *command[1:], "--epochs", "1")
+        assert tuned.code == 0, tuned.err
+        assert (place / "of damaged" / folder / "tuned.safetensors").exists()
+    assert "--head" not in commands[0]
+    assert commands[1][commands[1].index("--head") + 1] == "fitted"
 
 
 def test_json_is_all_there_is_on_stdout(place, here):

@@ -12,10 +12,12 @@ from sklearn.covariance import LedoitWolf
 
 from hgprompt import FrozenViT, OptionError, PromptError, PromptPool, encode, fast_ensemble, h_score
 from hgprompt.data import LabelledImages
+from hgprompt.encoder import MicroBatch
 from hgprompt.tuning import TuneConfig, random_prompt, train, tune
+from hgprompt.tuning import prompts as prompt_learner
 from hgprompt.tuning.learner import HEAD, cross_entropies
 from hgprompt.tuning.method import Cost, Setting
-from hgprompt.tuning.methods import CONTROLS, METHODS, attempt, panda, spot
+from hgprompt.tuning.methods import CONTROLS, METHODS, attempt, controls, panda, spot
 from hgprompt.tuning.methods.controls import BestSingle, EqualCompute, RandomWeights, WeightLearner
 from hgprompt.tuning.methods.hgprompt import BestSingleByH, HGPrompt, RawHGPrompt
 from hgprompt.tuning.methods.start import brief_config, early_prompt
@@ -117,6 +119,31 @@ def test_spot_starts_from_the_most_similar(model):
     pool = PromptPool({**setting.pool, "itself": early}, backbone=setting.backbone.info)
     report = spot.SPoT().prepare(dataclasses.replace(setting, pool=pool), [CONFIG]).report["seed 5"]
     assert report["weights"]["itself"] == 1
+
+
+@pytest.mark.parametrize("name", ["uniform", "ATTEMPT", "α by cross-entropy"])
+def test_one_micro_batch_serves_all_steps(model, name, monkeypatch):
+    """What a GPU had no memory for is not tried again at every step."""
+    seen = []
+
+    def spied(original):
+        def spy(*arguments, micro_batch=None, **options):
+            seen.append(micro_batch)
+            return original(*arguments, micro_batch=micro_batch, **options)
+
+        return spy
+
+    for module in (attempt, controls, prompt_learner):
+        for function in ("encode", "pull_back", "pull_back_runs"):
+            if hasattr(module, function):
+                monkeypatch.setattr(module, function, spied(getattr(module, function)))
+    config = dataclasses.replace(CONFIG, epochs=2)
+    prepared = PROMPTS[name].prepare(_setting(model), [config])
+    if name != "α by cross-entropy":  # which trains its α while it prepares
+        train(prepared.learner, prepared.configs or [config], _images(24))
+    assert len(seen) > 2
+    assert isinstance(seen[0], MicroBatch)
+    assert all(one is seen[0] for one in seen)
 
 
 # ATTEMPT --------------------------------------------------------------------------------------------------------------

@@ -229,20 +229,27 @@ def test_ties_go_to_the_smaller_rate():
 
 def test_grids_are_vpts():
     full = GRIDS["full"]
-    assert len(full["prompt"].configs(CONFIG)) == 40
-    assert {c.optimizer for c in full["fine-tune"].configs(CONFIG)} == {"adamw"}
+    assert len(full["prompt"].configs(CONFIG, "prompt")) == 40
+    assert {c.optimizer for c in full["fine-tune"].configs(CONFIG, "fine-tune")} == {"adamw"}
     assert full["fine-tune"].rates == (0.005, 0.001, 0.0005, 0.0001)
-    assert {c.optimizer for kind in ("prompt", "linear") for c in full[kind].configs(CONFIG)} == {"sgd"}
+    assert {c.optimizer for kind in ("prompt", "linear") for c in full[kind].configs(CONFIG, kind)} == {"sgd"}
     for name in ("rates", "quick"):
         assert all(set(GRIDS[name][kind].rates) <= set(full[kind].rates) for kind in ("prompt", "linear"))
         # Made for a hundred epochs: after a few, networks that are trained have only begun at VPT's largest rate.
         assert min(GRIDS[name]["fine-tune"].rates) <= 0.005 < max(GRIDS[name]["fine-tune"].rates)
 
 
+def test_a_grid_of_ones_own_has_the_kinds_optimiser():
+    own = Grid((0.01,), (0.0,))
+    assert [own.configs(CONFIG, kind)[0].optimizer for kind in ("prompt", "linear", "fine-tune")] == [
+        "sgd", "sgd", "adamw",
+    ]  # fmt: skip
+
+
 def test_prompts_by_adamw_at_their_authors_rate():
     quick, other = GRIDS["quick"], GRIDS["quick-adamw"]
     assert {kind for kind in quick if other[kind] != quick[kind]} == {"prompt"}
-    points = other["prompt"].configs(CONFIG)
+    points = other["prompt"].configs(CONFIG, "prompt")
     assert {point.optimizer for point in points} == {"adamw"}
     # ATTEMPT's 0.3, at a batch of 64; VPT scales a base rate by batch / 256.
     assert any(point.lr * 64 / 256 == pytest.approx(0.3, rel=0.1) for point in points)

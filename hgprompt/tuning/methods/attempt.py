@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, silu
 
 from hgprompt.backbone import FrozenViT
-from hgprompt.encoder import encode, pull_back
+from hgprompt.encoder import MicroBatch, encode, pull_back
 from hgprompt.tuning.config import TuneConfig
 from hgprompt.tuning.learner import HEAD, Learner, cross_entropies, linear_head, linear_logits
 from hgprompt.tuning.method import Method, Prepared, Setting
@@ -35,6 +35,7 @@ class AttemptLearner(Learner):
         self.backbone, self.parameters = backbone, parameters
         self.sources = sources.to(backbone.device, torch.float32)
         self.source_keys = prompt_keys(self.sources)
+        self.micro_batch = MicroBatch()  # one for all steps: what a GPU had no memory for is not tried again
 
     def instance_prompts(self, images: Tensor) -> Tensor:
         """A prompt for every image, [R, B, p, d] or [R, B, L, p, d]; images [B, 3, H, W] or [R, B, 3, H, W]."""
@@ -48,7 +49,7 @@ class AttemptLearner(Learner):
 
     def logits(self, inputs: Tensor, *, step: int | None = None) -> Tensor:
         prompts = self.instance_prompts(inputs)
-        features = encode(self.backbone, prompts.flatten(0, 1), self._spread(inputs))
+        features = encode(self.backbone, prompts.flatten(0, 1), self._spread(inputs), micro_batch=self.micro_batch)
         return linear_logits(features.view(*prompts.shape[:2], -1), self.parameters)
 
     def backward(self, inputs: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -64,7 +65,9 @@ class AttemptLearner(Learner):
             logits = torch.baddbmm(bias[own][:, None], features.float(), weight[own].mT)
             return cross_entropies(logits, labels.reshape(-1, 1)[pairs])[0]
 
-        features, _, gradient = pull_back(self.backbone, prompts.detach().flatten(0, 1), self._spread(inputs), loss)
+        features, _, gradient = pull_back(
+            self.backbone, prompts.detach().flatten(0, 1), self._spread(inputs), loss, micro_batch=self.micro_batch
+        )
         losses, correct = cross_entropies(linear_logits(features.view(runs, images, -1), self.parameters), labels)
         (losses.sum() / images).backward()
         prompts.backward(gradient.view_as(prompts).to(prompts.dtype) / images)

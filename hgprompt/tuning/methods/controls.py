@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hgprompt.backbone import FrozenViT
-from hgprompt.encoder import encode
+from hgprompt.encoder import MicroBatch, encode
 from hgprompt.errors import OptionError
 from hgprompt.tuning.config import TuneConfig
 from hgprompt.tuning.learner import Learner, linear_head, linear_logits
@@ -108,6 +108,7 @@ class WeightLearner(Learner):
     def __init__(self, backbone: FrozenViT, sources: Tensor, parameters: Sequence[Mapping[str, Tensor]]) -> None:
         self.backbone, self.parameters = backbone, parameters
         self.sources = sources.to(backbone.device, torch.float32)
+        self.micro_batch = MicroBatch()  # one for all steps: what a GPU had no memory for is not tried again
 
     def prompts(self) -> Tensor:
         """Σ α_i P_i of each run."""
@@ -115,11 +116,14 @@ class WeightLearner(Learner):
         return torch.tensordot(weights, self.sources, dims=1)
 
     def logits(self, inputs: Tensor, *, step: int | None = None) -> Tensor:
-        return linear_logits(encode(self.backbone, self.prompts(), inputs), self.parameters)
+        features = encode(self.backbone, self.prompts(), inputs, micro_batch=self.micro_batch)
+        return linear_logits(features, self.parameters)
 
     def backward(self, inputs: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
         prompts = self.prompts()
-        losses, correct, gradient = pull_back_runs(self.backbone, prompts.detach(), inputs, labels, self.parameters)
+        losses, correct, gradient = pull_back_runs(
+            self.backbone, prompts.detach(), inputs, labels, self.parameters, micro_batch=self.micro_batch
+        )
         prompts.backward(gradient.to(prompts.dtype))
         return losses, correct
 

@@ -44,7 +44,7 @@ class StartMethod(Method):
 
     @abstractmethod
     def start(self, setting: Setting, seed: int) -> Start:
-        """Of a run with this seed."""
+        """Find the start of a run with this seed."""
 
     def prepare(self, setting: Setting, configs: Sequence[TuneConfig]) -> Prepared:
         starts, cost, reports = per_seed(configs, lambda seed: self.start(setting, seed))
@@ -64,7 +64,7 @@ def per_seed(
     """What is found for each config's seed, once for each seed; the cost of all, and the reports by seed."""
     found = {seed: find(seed) for seed in dict.fromkeys(config.seed for config in configs)}
     cost = sum((answer[1] for answer in found.values()), Cost())
-    reports: dict[str, object] = {f"seed {seed}": answer[2] for seed, answer in found.items() if answer[2]}
+    reports: dict[str, object] = {f"seed {seed}": dict(answer[2]) for seed, answer in found.items() if answer[2]}
     return [found[config.seed][0] for config in configs], cost, reports
 
 
