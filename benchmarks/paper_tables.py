@@ -1,6 +1,8 @@
-"""The tables of docs/results.md from the committed files of results.
+r"""The tables of docs/results.md from the committed files of results.
 
     python benchmarks/paper_tables.py paper-2026-11:suite paper-trained-2026-11:suite paper-single-2026-11:suite
+    python benchmarks/paper_tables.py paper-procedural-2026-11:procedural paper-trained-2026-11:procedural \
+        paper-single-2026-11:procedural
 
 Each argument is a file under benchmarks/results and one of its runs; where two have the same cell, the later one's is
 taken. Printed are the table of accuracies, and HGPrompt's paired differences to every other row; --versus names other
@@ -42,6 +44,8 @@ def main() -> None:
         if len(found := {t.name: c for t in tasks if (c := cells.get(_file_name(method_key(method, t.name))))})
         == len(tasks)
     }
+    for name in (name for name in args.versus if name not in rows):
+        parser.error(f"{name} has no whole row there: there are {'; '.join(rows)}")
     accuracies = {name: {task: cell["accuracies"] for task, cell in row.items()} for name, row in rows.items()}
     parameters = {name: row[tasks[0].name]["num_parameters"] for name, row in rows.items()}
     table = accuracy_table("Method", accuracies, tasks, parameters=parameters)
