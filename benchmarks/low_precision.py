@@ -1,0 +1,127 @@
+"""What 8-bit products in the network would do to α, on real tasks, without hardware that has them.
+
+    python benchmarks/low_precision.py --suite SUITE --load-clip WEIGHTS/load_clip.py --out OUT --tasks emoji stamps
+
+Simulated: every linear layer of the blocks gets its inputs and weights rounded as such hardware would take them (one
+scale for each row of activations and each output of a weight), adds up in float32, and hands on bfloat16. Attention,
+norms and the residual stream stay as they are. The prompts' gradients are those of float32 in every case: the pass
+over all images is what 8 bits could make faster. One file for every task; with --to all are gathered into one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+from clip_starts import features_under
+from real_task import POOL, load_clip
+from torch import Tensor
+
+from hgprompt import EnsembleStatistics, FrozenViT, PromptPool, fast_ensemble
+from hgprompt.data import decode, load_task
+from hgprompt.files import make_directory, write_text
+from hgprompt.optimize import WeightProblem
+from hgprompt.strict_json import jsonable
+
+GRADIENT_IMAGES = 48
+QUESTIONS = {  # name: λ, whether H is divided by C - 1
+    "λ=1": (1.0, True), "λ=0.1": (0.1, True), "λ=0": (0.0, True), "raw H, λ=1": (1.0, False),
+}  # fmt: skip
+
+
+def bfloat16(x: Tensor) -> Tensor:
+    return x.bfloat16().float()
+
+
+def fp8(x: Tensor) -> Tensor:
+    """e4m3, whose largest number is 448, at one scale a row."""
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448
+    return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def int8(x: Tensor) -> Tensor:
+    """Symmetric, at one scale a row."""
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+    return (x / scale).round() * scale
+
+
+@contextlib.contextmanager
+def linear_layers_in(rounded: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """F.linear with its inputs rounded; what comes out is bfloat16's."""
+    exact = torch.nn.functional.linear
+    weights: dict[tuple[int, torch.Size], Tensor] = {}
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        key = (weight.data_ptr(), weight.shape)
+        if key not in weights:
+            weights[key] = rounded(weight)
+        return bfloat16(exact(rounded(x), weights[key], bias))
+
+    with mock.patch("torch.nn.functional.linear", linear):
+        yield
+
+
+def measure(vit: FrozenViT, folder: Path, limit: int) -> dict:
+    """One task: α of every precision beside α of float32, and how far the features are."""
+    pool = PromptPool.load(POOL).without(folder.name)
+    images = decode(load_task(folder, "train800val200"), vit.image_size, limit=limit, seed=43)
+    began = time.perf_counter()
+    gram = fast_ensemble(
+        pool, images.batches(32), backbone=vit, gradient_images=min(GRADIENT_IMAGES, len(images))
+    ).gradient_cosines
+    exact = features_under(vit, pool.stack(), images)
+    alphas = weights_of(exact, images.labels, gram)
+    centred = exact - exact.mean(1, keepdim=True)
+    record: dict = {
+        "task": folder.name, "images": len(images), "classes": images.num_classes, "prompts": list(pool.names),
+        "weights": {"float32": {name: w.tolist() for name, w in alphas.items()}}, "l1": {}, "features": {},
+    }  # fmt: skip
+    for rounded in (bfloat16, fp8, int8):
+        with linear_layers_in(rounded):
+            found = features_under(vit, pool.stack(), images)
+        name = rounded.__name__
+        low = weights_of(found, images.labels, gram)
+        record["weights"][name] = {question: w.tolist() for question, w in low.items()}
+        record["l1"][name] = {question: float((w - alphas[question]).abs().sum()) for question, w in low.items()}
+        record["features"][name] = float((found - exact).norm() / centred.norm())
+        print(folder.name, name, record["l1"][name], f"features {record['features'][name]:.4f}", flush=True)
+    return record | {"seconds": time.perf_counter() - began, "torch": torch.__version__}
+
+
+def weights_of(features: Tensor, labels: Tensor, gram: Tensor) -> dict[str, Tensor]:
+    """α for every question."""
+    kept = EnsembleStatistics()
+    kept.update(features, labels)
+    problems = {normalize: WeightProblem(kept, gram, normalize=normalize) for normalize in (True, False)}
+    return {name: problems[normalize].solve(lam).weights for name, (lam, normalize) in QUESTIONS.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", type=Path, required=True)
+    parser.add_argument("--load-clip", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", required=True)
+    parser.add_argument("--limit", type=int, default=160, help="training images")
+    parser.add_argument("--to", type=Path, help="gather all that OUT holds into one file of results")
+    args = parser.parse_args()
+    vit = FrozenViT.from_timm(load_clip(args.load_clip, 112))
+    for task in args.tasks:
+        done = make_directory(args.out) / f"{task}.json"
+        if not done.exists():
+            record = measure(vit, args.suite / task, args.limit)
+            write_text(done, json.dumps(jsonable(record), allow_nan=False) + "\n")
+    if args.to:
+        runs = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
+        about = {"backbone": "CLIP ViT-B/16, int8-dequantised, 112 pixels", "gradient_images": GRADIENT_IMAGES}
+        write_text(args.to, json.dumps(jsonable(about | {"runs": runs}), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
