@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from hgprompt.paper.bench import COMPARED, method_key
-from hgprompt.paper.cells import _file_name
+from hgprompt.paper.cells import file_name
 from hgprompt.paper.figures import plot_scores
 from hgprompt.paper.paired import difference
 from hgprompt.paper.tables import accuracy_table
@@ -38,12 +39,13 @@ def main() -> None:
         cells |= json.loads((RESULTS / f"{file}.json").read_text())["runs"][run]["cells"]
     cells = {key: cell for key, cell in cells.items() if "accuracies" in cell}
     tasks = [TaskFolder(task, task, "own", 0, {}, "") for task in sorted({key.rsplit(".", 1)[1] for key in cells})]
-    rows = {
-        name: found
-        for name, method in COMPARED.items()
-        if len(found := {t.name: c for t in tasks if (c := cells.get(_file_name(method_key(method, t.name))))})
-        == len(tasks)
-    }
+    rows = {}
+    for name, method in COMPARED.items():
+        found = {t.name: c for t in tasks if (c := cells.get(file_name(method_key(method, t.name))))}
+        if len(found) == len(tasks):
+            rows[name] = found
+        elif found:
+            print(f"left out, of {len(found)} of {len(tasks)} tasks: {name}", file=sys.stderr)
     for name in (name for name in args.versus if name not in rows):
         parser.error(f"{name} has no whole row there: there are {'; '.join(rows)}")
     accuracies = {name: {task: cell["accuracies"] for task, cell in row.items()} for name, row in rows.items()}

@@ -107,7 +107,7 @@ class Store:
 
     def path(self, cell: Cell) -> Path:
         """Of the cell's file, whether it is there or not."""
-        return self.directory / f"{_file_name(cell.key)}.json"
+        return self.directory / f"{file_name(cell.key)}.json"
 
     def get(self, cell: Cell) -> dict[str, Any] | None:
         """The record of a finished cell; None where it is not finished.
@@ -157,7 +157,7 @@ class Store:
         return _claimed(self._begun(cell))
 
     def _begun(self, cell: Cell) -> Path:
-        return self.out / "checkpoints" / _file_name(cell.key)
+        return self.out / "checkpoints" / file_name(cell.key)
 
     def finished(self, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
         """{key: record} of those that are finished; errors as for `get`."""
@@ -192,7 +192,7 @@ def run_cells(
         Anything a cell raises: finished cells stay.
     """
     share = share or Share()
-    names = [_file_name(cell.key) for cell in cells]
+    names = [file_name(cell.key) for cell in cells]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise OptionError(f"a plan names every cell once, these it names twice: {', '.join(twice[:5])}")
@@ -242,7 +242,7 @@ def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _file_name(key: str) -> str:
+def file_name(key: str) -> str:
     """A name that every file system takes, and no two keys share."""
     plain = re.sub(r"^\.|[^\w.-]", "_", key)[:100]  # no leading dot: ".." would be the folder above
     return plain if plain == key else f"{plain}-{zlib.crc32(key.encode()):08x}"
