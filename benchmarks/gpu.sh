@@ -36,14 +36,14 @@ part() { # part NAME SECONDS COMMAND...
 # Hundreds of small kernels are compiled in the tests: side by side where that can be had. The project's own options of
 # pytest ask for pytest-xdist.
 beside="-o addopts=--import-mode=importlib"
-if [ -z "$rehearse" ] && python3 -c 'import xdist' 2>/dev/null; then beside="$beside -n 12"; fi
+if [ -z "$rehearse" ] && python3 -c 'import xdist' 2>/dev/null; then beside="$beside -n 14"; fi
 # shellcheck disable=SC2086
-part tests 280 python3 -m pytest -q -p no:cacheprovider $beside tests/test_cuda.py tests/test_operations.py tests/kernels \
+part tests ${TESTS_SECONDS:-280} python3 -m pytest -q -p no:cacheprovider $beside tests/test_cuda.py tests/test_operations.py tests/kernels \
   --deselect tests/kernels/test_report.py
 part kernels 150 python3 benchmarks/gpu_kernels.py "$out/gpu-kernels.json" $rehearse
 part encode 200 python3 benchmarks/gpu_encode.py "$out/gpu-encode.json" $rehearse
 part paper 120 python3 benchmarks/gpu_paper.py "$out/gpu-paper.json" $rehearse
-part tune 140 python3 benchmarks/gpu_tune.py "$out/gpu-tune.json" --seconds 100 $rehearse
+part tune 140 python3 benchmarks/gpu_tune.py "$out/gpu-tune.json" $rehearse
 part statistics 100 python3 benchmarks/gpu_statistics.py "$out/gpu-statistics.json" $rehearse
 part compiled 400 python3 benchmarks/gpu_encode.py "$out/gpu-encode-compiled.json" --compiled $rehearse
 part profile 60 python3 benchmarks/gpu_paper.py "$out/gpu-profile.json" --profile $rehearse

@@ -56,15 +56,17 @@ def row_in_use(kernel: str, bits: int, width: int) -> dict[str, int]:
     return next(r for r in rows if r["bits"] == bits and r["width"] >= width)
 
 
-def median_ms(function, rounds=3 if REHEARSE else 20, warm_up=1 if REHEARSE else 3) -> float:
-    """Median milliseconds of a call, on the device's own clock where it has one.
+def median_ms(function, rounds=3 if REHEARSE else 20, seconds=0.5) -> float:
+    """Median milliseconds of a call, on the device's own clock where it has one; fewer rounds, but three, where they
+    would take longer than `seconds`.
 
     On a GPU the caches are flushed before each call, and the device sleeps for a moment, so that the host is ahead and
     its own work is not measured, as far as that moment suffices: it does for a kernel, and not for a whole network
     (`host_ms`).
     """
-    for _ in range(warm_up):
-        function()
+    function()
+    took = once_ms(function)
+    rounds = max(3, min(rounds, int(1e3 * seconds / took)))
     if DEVICE != "cuda":
         return host_ms(function, rounds)
     flush = torch.empty(1 << 28, dtype=torch.uint8, device=DEVICE)
@@ -81,7 +83,16 @@ def median_ms(function, rounds=3 if REHEARSE else 20, warm_up=1 if REHEARSE else
     return statistics.median(begin.elapsed_time(end) for begin, end in events)
 
 
-def host_ms(function: Callable[[], object], rounds: int = 10) -> float:
+def once_ms(function: Callable[[], object]) -> float:
+    """Milliseconds of one call until the device has done it, by the host's clock."""
+    start = time.perf_counter()
+    function()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def host_ms(function: Callable[[], object], rounds: int = 5) -> float:
     """Median milliseconds until a call returns, whatever the device still has to do: where they are more than the
     device's own, the device waits for the host."""
     times = []

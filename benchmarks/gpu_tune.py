@@ -1,153 +1,163 @@
-"""Launch options tried on the GPU at hand: python benchmarks/gpu_tune.py out.json [--seconds 100] [--rehearse]
+"""Launch options tried on the GPU at hand: python benchmarks/gpu_tune.py out.json [--rehearse]
 
-A bounded sweep over a few good candidates for each kernel of the paper's setting (bfloat16, heads of 64), the shipped
-row first. What is faster by more than 3 % is proposed: nothing is written into kernels/configurations.json.
-
-Compiling a candidate takes a second to several, timing it a fraction of one: half of the time goes to processes that
-compile side by side (--compile I/N: every N-th candidate), and leave the kernels in Triton's cache.
+A sweep over a few good candidates for each kernel of the paper's setting (bfloat16, heads of 64), the shipped row
+first. Nothing is written into kernels/configurations.json: its rows are chosen from what this prints. Compiling a
+candidate takes seconds, timing it a fraction of one: all are compiled before any is timed, in processes side by side.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import multiprocessing
 import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
-from gpu_common import DEVICE, DTYPE, HEAD_DIM, HEADS, IMAGE_TOKENS, INNER, M, REHEARSE, TOKENS, WIDTH  # isort: skip
-from gpu_common import instead, keep, median_ms, provenance, row_in_use  # isort: skip
+from gpu_common import DEVICE, DTYPE, HEAD_DIM, HEADS, IMAGE_TOKENS, INNER, M, TOKENS, WIDTH  # isort: skip
+from gpu_common import REHEARSE, instead, keep, median_ms, provenance, row_in_use  # isort: skip
 
-from hgprompt.kernels import mlp
+from hgprompt.kernels import attention, mlp, norm
 
-SECONDS = float(sys.argv[sys.argv.index("--seconds") + 1]) if "--seconds" in sys.argv else 100.0
-COMPILE = sys.argv[sys.argv.index("--compile") + 1] if "--compile" in sys.argv else ""
-IMAGES = 2 if REHEARSE else 16
-T = IMAGE_TOKENS + TOKENS
-BITS = 8 * DTYPE.itemsize
+IMAGES, T, SCALE = (2 if REHEARSE else 16), IMAGE_TOKENS + TOKENS, HEAD_DIM**-0.5
 
 
-def grid(**values) -> list[dict[str, int]]:
-    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+def tiles(*names: str) -> Callable[..., Iterator[dict[str, int]]]:
+    """Rows of launch options from tuples of numbers, the last two of which are warps and stages."""
+    return lambda *rows: (dict(zip((*names, "num_warps", "num_stages"), row, strict=True)) for row in rows)
 
 
-CANDIDATES = {
-    "attention_forward": grid(BLOCK_T=(64, 128), BLOCK_S=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3)),
-    "attention_backward_keys": [
-        *grid(BLOCK_T=(16, 32), BLOCK_S=(64,), WHOLE_UP_TO=(256,), num_warps=(8,), num_stages=(1, 2)),
-        *grid(BLOCK_T=(32,), BLOCK_S=(64, 128), WHOLE_UP_TO=(0,), num_warps=(4, 8), num_stages=(1, 2, 3)),
-        *grid(BLOCK_T=(64,), BLOCK_S=(64,), WHOLE_UP_TO=(0,), num_warps=(4, 8), num_stages=(1, 2, 3)),
-        *grid(BLOCK_T=(64,), BLOCK_S=(128,), WHOLE_UP_TO=(0,), num_warps=(8,), num_stages=(1, 2, 3)),
-    ],
-    "attention_backward_queries": [
-        *grid(BLOCK_T=(64,), BLOCK_S=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3)),
-        *grid(BLOCK_T=(128,), BLOCK_S=(32, 64), num_warps=(4, 8), num_stages=(1, 2, 3)),
-        *grid(BLOCK_T=(128,), BLOCK_S=(128,), num_warps=(8,), num_stages=(1, 2, 3)),
-    ],
-    "normalize": grid(BLOCK=(1, 2, 4, 8), num_warps=(2, 4, 8), num_stages=(1,)),
-    "normalize_backward": grid(BLOCK=(1, 2, 4, 8), num_warps=(2, 4, 8), num_stages=(1,)),
-    "activate": grid(BLOCK=(512, 1024, 2048, 4096), num_warps=(4, 8), num_stages=(1,)),
-    "linear": grid(BLOCK_M=(128,), BLOCK_N=(128,), BLOCK_K=(32, 64), GROUP=(8,), num_warps=(8,), num_stages=(3, 4)),
-}
-"""Those that spill registers on sm_90 were left out: larger tiles, and large ones with four warps."""
+_attention = tiles("BLOCK_T", "BLOCK_S")
+_keys = tiles("BLOCK_T", "BLOCK_S", "WHOLE_UP_TO")
+_linear = tiles("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP")
+# kernel: (width of its row, candidates)
+CANDIDATES: dict[str, tuple[int, list[dict[str, int]]]] = {
+    "attention_forward": (HEAD_DIM, [*_attention(
+        (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 1), (128, 64, 8, 2),
+        (128, 64, 8, 3), (128, 128, 8, 1), (128, 128, 8, 2), (64, 128, 4, 1), (64, 128, 4, 2), (64, 256, 4, 1),
+        (128, 256, 8, 1), (128, 32, 8, 2), (64, 32, 4, 3),
+    )]),
+    "attention_backward_keys": (HEAD_DIM, [*_keys(
+        (32, 64, 0, 4, 1), (32, 64, 0, 4, 2), (32, 64, 0, 4, 3), (64, 64, 0, 4, 1), (64, 64, 0, 4, 2),
+        (64, 128, 0, 8, 1), (64, 128, 0, 8, 2), (32, 128, 0, 8, 1), (32, 128, 0, 8, 2), (32, 128, 0, 4, 2),
+        (128, 64, 0, 4, 1), (128, 128, 0, 8, 1), (16, 64, 0, 4, 2),
+        (16, 256, 256, 8, 1), (32, 256, 256, 8, 1), (16, 256, 256, 16, 1), (32, 256, 256, 16, 1),
+    )]),
+    "attention_backward_queries": (HEAD_DIM, [*_attention(
+        (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 1), (128, 64, 8, 2), (64, 32, 4, 2),
+        (64, 32, 4, 3), (64, 128, 4, 1), (128, 32, 8, 2), (128, 128, 8, 1), (128, 32, 4, 2),
+    )]),
+    "attention_delta": (HEAD_DIM, [*tiles("BLOCK")(
+        (16, 4, 1), (32, 4, 1), (64, 4, 1), (128, 4, 1), (64, 8, 1), (32, 1, 1), (32, 2, 1)
+    )]),
+    "normalize": (WIDTH, [*tiles("BLOCK")(
+        (1, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1), (2, 4, 1), (4, 4, 1), (2, 8, 1), (4, 8, 1), (8, 8, 1)
+    )]),
+    "normalize_backward": (WIDTH, [*tiles("BLOCK")(
+        (1, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1), (2, 4, 1), (4, 4, 1), (2, 8, 1), (4, 8, 1), (8, 8, 1)
+    )]),
+    "activate": (0, [*tiles("BLOCK")(
+        (512, 4, 1), (1024, 4, 1), (2048, 4, 1), (4096, 4, 1), (2048, 8, 1), (4096, 8, 1), (8192, 8, 1)
+    )]),
+    "linear": (0, [*_linear(
+        (128, 128, 64, 8, 8, 3), (128, 128, 64, 8, 4, 3), (128, 128, 64, 8, 4, 4), (128, 256, 64, 8, 8, 3),
+        (128, 256, 64, 8, 8, 4), (256, 128, 64, 8, 8, 3), (256, 128, 64, 8, 8, 4), (64, 256, 64, 8, 4, 4),
+        (128, 256, 64, 16, 8, 3),
+    )]),
+}  # fmt: skip
 
 
-def workloads() -> dict[str, object]:
-    """A call that the kernel of this name dominates, at the paper's shapes."""
-    qkv = torch.randn(M, IMAGES, T, 3, HEADS, HEAD_DIM, device=DEVICE, dtype=DTYPE)
-    out, lse = torch.ops.hgprompt.packed_attention(qkv, None, None, HEAD_DIM**-0.5)
-    rows = M * IMAGES * T
-    x, y = torch.randn(rows, WIDTH, device=DEVICE), torch.randn(rows, WIDTH, device=DEVICE, dtype=DTYPE)
-    z, rstd = torch.ops.hgprompt.add_normalize(x, y, True, 1e-6, DTYPE)[1:]
-    w1, w2 = (torch.randn(s, device=DEVICE, dtype=DTYPE) / 30 for s in ((INNER, WIDTH), (WIDTH, INNER)))
-    bias = torch.randn(INNER, device=DEVICE, dtype=DTYPE)
-    pre, inner = (torch.randn(rows, INNER, device=DEVICE, dtype=DTYPE) for _ in range(2))
-    ops = torch.ops.hgprompt
-
-    def both_ways():
-        hidden = mlp._launch_linear(y, w1, False, bias, "gelu", inner, False)
-        return mlp._launch_linear(y, w2, True, None, "gelu", hidden, True)
-
-    def backward():
-        return ops.packed_attention_backward(out, out, lse, qkv, None, None, HEAD_DIM**-0.5)
-
-    return {
-        "attention_forward": lambda: ops.packed_attention(qkv, None, None, HEAD_DIM**-0.5),
-        "attention_backward_keys": backward,
-        "attention_backward_queries": backward,
-        "normalize": lambda: ops.add_normalize(x, y, True, 1e-6, DTYPE),
-        "normalize_backward": lambda: ops.add_normalize_backward(x, z, z, rstd, True, torch.float32, DTYPE),
-        "activate": lambda: mlp._launch_activate(pre, inner, "gelu", False),
-        "linear": both_ways,
-    }
+def random(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=dtype)
 
 
-def plan() -> Iterator[tuple[str, dict[str, int], list[dict[str, int]]]]:
-    """Every kernel, its row in use, and what to try in its place: first what is there."""
-    for kernel, candidates in CANDIDATES.items():
-        width = {"activate": 0, "linear": 0}.get(kernel, HEAD_DIM if "attention" in kernel else WIDTH)
-        bits = 32 if kernel.startswith("normalize") else BITS  # chosen by the residual stream, which is float32
-        row = row_in_use(kernel, bits, width)
-        shipped = {k: v for k, v in row.items() if k not in ("bits", "width")}
-        yield kernel, row, [shipped, *(c for c in candidates if c != shipped)][: 2 if REHEARSE else None]
+def calls(images: int) -> dict[str, dict[str, Callable[[], object]]]:
+    """{kernel: {what is timed: the call}}, on random numbers."""
+    qkv = random(M, images, T, 3, HEADS, HEAD_DIM)
+    first = random(images, IMAGE_TOKENS, 3, HEADS, HEAD_DIM).expand(M, images, IMAGE_TOKENS, 3, HEADS, HEAD_DIM)
+    second = random(M, 1, TOKENS, 3, HEADS, HEAD_DIM).expand(M, images, TOKENS, 3, HEADS, HEAD_DIM)
+    middle = attention._Problem(qkv.unbind(3), (None, None, None))
+    two = attention._Problem(first.unbind(3), second.unbind(3))
+    deep = attention._Problem(qkv[:, :, TOKENS:].contiguous().unbind(3), (None, *second.unbind(3)[1:]))
+    problems = {"middle block": middle, "first block": two, "deep": deep}
+    found: dict[str, dict[str, Callable[[], object]]] = {name: {} for name in CANDIDATES}
+    for label, x in problems.items():
+        out, lse = attention._launch_forward(x, SCALE)
+        dout, nothing = torch.randn_like(out), (None, None)
+        rows, keys = (
+            [None if n == 0 or (label == "first block" and i == 0) else random(M, images, n, HEADS, HEAD_DIM)
+             for i, n in enumerate(lengths)]
+            for lengths in ((x.t1, x.t2), (x.s1, x.s2))
+        )  # fmt: skip
+
+        def backward(dq, dk, dv, x=x, out=out, lse=lse, dout=dout):
+            return lambda: attention._launch_backward(x, SCALE, out, lse, dout, dq, dk, dv)
+
+        found["attention_forward"][label] = lambda x=x: attention._launch_forward(x, SCALE)
+        if label == "middle block":
+            found["attention_delta"]["with no other kernel"] = backward(nothing, nothing, nothing)
+        found["attention_backward_keys"][f"{label}, with delta"] = backward(nothing, keys, keys)
+        if label == "middle block":
+            found["attention_backward_keys"]["all of it"] = backward(rows, keys, keys)
+        found["attention_backward_queries"][f"{label}, with delta"] = backward(rows, nothing, nothing)
+    count = M * images * T
+    x, y, z, rstd = (
+        random(count, WIDTH, dtype=torch.float32), random(count, WIDTH), random(count, WIDTH),
+        torch.rand(count, device=DEVICE) + 0.5,
+    )  # fmt: skip
+    found["normalize"]["float32 stream"] = lambda: norm._launch(x, y, True, 1e-6, DTYPE)
+    found["normalize_backward"]["float32 stream"] = lambda: norm._launch_backward(
+        x, y, z, rstd, True, torch.float32, DTYPE
+    )
+    wide, other = random(count, INNER), torch.empty(count, INNER, device=DEVICE, dtype=DTYPE)
+    found["activate"]["forward"] = lambda: mlp._launch_activate(wide, other, "gelu", False)
+    found["activate"]["backward"] = lambda: mlp._launch_activate(wide, other, "gelu", False, dout=wide)
+    weight, transposed, bias = random(INNER, WIDTH), random(WIDTH, INNER), random(INNER)
+    found["linear"]["fc1, kept"] = lambda: mlp._launch_linear(y, weight, False, bias, "gelu", other, False)
+    found["linear"]["fc2, backward"] = lambda: mlp._launch_linear(y, transposed, True, None, "gelu", other, True)
+    return found
 
 
-def compile_share(rank: int, world: int) -> None:
-    """Call each kernel once with every world-th of the candidates."""
-    calls = workloads()
-    everything = [(kernel, row, options) for kernel, row, tried in plan() for options in tried]
-    for kernel, row, options in everything[rank::world]:
-        with instead(row, options), contextlib.suppress(Exception):  # too much shared memory: the sweep tells
-            calls[kernel]()
+def row_of(kernel: str) -> dict[str, int]:
+    """The shipped row; the norms choose by the residual stream, which is float32."""
+    return row_in_use(kernel, 32 if kernel.startswith("normalize") else 8 * DTYPE.itemsize, CANDIDATES[kernel][0])
 
 
-def compile_all(seconds: float) -> None:
-    """All candidates, in as many processes as cores allow; what is not ready in time is compiled in the sweep."""
-    world = 2 if REHEARSE else max(1, min(8, (os.cpu_count() or 1) - 2))
-    command = [sys.executable, *sys.argv, "--compile"]
-    processes = [subprocess.Popen([*command, f"{rank}/{world}"]) for rank in range(world)]
-    end = time.monotonic() + seconds
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, end - time.monotonic()))
-        process.kill()
-        process.wait()
+def candidates(kernel: str) -> list[dict[str, int]]:
+    shipped = {k: v for k, v in row_of(kernel).items() if k not in ("bits", "width")}
+    return [shipped, *(c for c in CANDIDATES[kernel][1] if c != shipped)][: 2 if REHEARSE else None]
+
+
+def build(kernel: str, options: dict[str, int]) -> None:
+    """Run one candidate on a few rows: Triton compiles it and keeps the code on disk."""
+    with instead(row_of(kernel), options):
+        for call in calls(1)[kernel].values():
+            with contextlib.suppress(Exception):  # the timing will say it
+                call()
 
 
 def main() -> None:
     torch.manual_seed(0)
-    if COMPILE:
-        compile_share(*map(int, COMPILE.split("/")))
-        return
-    record = provenance() | {"tried": {}, "proposed": {}}
-    began = time.monotonic()
-    compile_all(SECONDS / 2)
-    record["seconds of compiling ahead"] = time.monotonic() - began
-    calls = workloads()
-    share = (SECONDS - record["seconds of compiling ahead"]) / len(CANDIDATES)
-    for kernel, row, candidates in plan():
-        end, tried = time.monotonic() + share, []
-        for options in candidates:
-            if time.monotonic() > end:
-                break
-            with instead(row, options):
+    record = provenance() | {"sequences": M * IMAGES, "kernels": {}}
+    work = [(name, options) for name in CANDIDATES for options in candidates(name)]
+    if not REHEARSE:
+        workers = max(1, min(14, (os.cpu_count() or 1) - 1))
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(build, *zip(*work, strict=True)))
+    of = calls(IMAGES)
+    for name, options in work:
+        row: dict[str, object] = {"options": options}
+        with instead(row_of(name), options):
+            for label, call in of[name].items():
                 try:
-                    tried.append({"ms": median_ms(calls[kernel], rounds=10), **options})
-                except Exception as error:  # too much shared memory, say
-                    tried.append({"failed": f"{error!r:.120}", **options})
-        record["tried"][kernel] = tried
-        good = [t for t in tried if "ms" in t]
-        if good:
-            best = min(good, key=lambda t: t["ms"])
-            first = tried[0].get("ms")
-            print(f"{kernel:28} {len(tried):3} tried, shipped {first} ms, best {best}", flush=True)
-            if first is None or best["ms"] < 0.97 * first:
-                record["proposed"][kernel] = best
+                    row[label] = median_ms(call, rounds=9, seconds=0.05)
+                except Exception as failure:  # too much shared memory, say
+                    row[label] = f"failed: {failure!r:.120}"
+        record["kernels"].setdefault(name, []).append(row)
         keep(record)
+        times = (f"{k} {v:.3f} ms" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k != "options")
+        print(name, *(f"{k}={v}" for k, v in options.items()), "|", " | ".join(times), flush=True)
 
 
 if __name__ == "__main__":
