@@ -3,9 +3,9 @@
 #
 #   benchmarks/gpu.sh OUT [--rehearse] [PART ...]
 #
-# OUT is a folder (benchmarks/results to keep them). Without PARTs all are run: half an hour at most. Where a command may
-# take ten minutes, call it three times: "tests kernels tune", "encode paper statistics profile", "compiled". In a
-# quarter of an hour: "tests kernels" and "encode paper profile".
+# OUT is a folder (benchmarks/results to keep them). Without PARTs all are run: a quarter of an hour at most. Where a
+# command may take ten minutes, call it twice: "tests profile encode kernels paper", "tune compiled statistics".
+# A rehearsal of the tests takes minutes: TESTS_SECONDS=600.
 # --rehearse: tiny shapes on a CPU with Triton's interpreter, to find the typos. Needs torch, triton, timm, safetensors,
 # scipy, hypothesis and pytest (pytest-xdist is used where it is there), and the repository's tree; nothing is installed.
 # Without .git, set COMMIT. Logs are packed into OUT/gpu-logs.tar.gz at the end.
@@ -19,7 +19,7 @@ if [ "${1:-}" = --rehearse ]; then
   export TRITON_INTERPRET=1
   shift
 fi
-wanted=" ${*:-tests kernels encode paper tune statistics compiled profile} "
+wanted=" ${*:-tests profile encode kernels paper tune compiled statistics} "
 mkdir -p "$out"
 export PYTHONPATH=. PYTHONUNBUFFERED=1
 export TEST_FAILURES="$out/gpu-failures.log" # written as they come: a part that runs out of time reports nothing else
@@ -38,13 +38,13 @@ part() { # part NAME SECONDS COMMAND...
 beside="-o addopts=--import-mode=importlib"
 if [ -z "$rehearse" ] && python3 -c 'import xdist' 2>/dev/null; then beside="$beside -n 14"; fi
 # shellcheck disable=SC2086
-part tests ${TESTS_SECONDS:-280} python3 -m pytest -q -p no:cacheprovider $beside tests/test_cuda.py tests/test_operations.py tests/kernels \
-  --deselect tests/kernels/test_report.py
-part kernels 150 python3 benchmarks/gpu_kernels.py "$out/gpu-kernels.json" $rehearse
-part encode 200 python3 benchmarks/gpu_encode.py "$out/gpu-encode.json" $rehearse
-part paper 120 python3 benchmarks/gpu_paper.py "$out/gpu-paper.json" $rehearse
-part tune 140 python3 benchmarks/gpu_tune.py "$out/gpu-tune.json" $rehearse
-part statistics 100 python3 benchmarks/gpu_statistics.py "$out/gpu-statistics.json" $rehearse
-part compiled 400 python3 benchmarks/gpu_encode.py "$out/gpu-encode-compiled.json" --compiled $rehearse
-part profile 60 python3 benchmarks/gpu_paper.py "$out/gpu-profile.json" --profile $rehearse
+part tests "${TESTS_SECONDS:-150}" python3 -m pytest -q -p no:cacheprovider $beside tests/test_cuda.py \
+  tests/test_operations.py tests/kernels --deselect tests/kernels/test_report.py
+part profile 40 python3 benchmarks/gpu_paper.py "$out/gpu-profile.json" --profile $rehearse
+part encode 120 python3 benchmarks/gpu_encode.py "$out/gpu-encode.json" $rehearse
+part kernels 80 python3 benchmarks/gpu_kernels.py "$out/gpu-kernels.json" $rehearse
+part paper 90 python3 benchmarks/gpu_paper.py "$out/gpu-paper.json" $rehearse
+part tune 90 python3 benchmarks/gpu_tune.py "$out/gpu-tune.json" $rehearse
+part compiled 240 python3 benchmarks/gpu_encode.py "$out/gpu-encode-compiled.json" --compiled $rehearse
+part statistics 90 python3 benchmarks/gpu_statistics.py "$out/gpu-statistics.json" $rehearse
 (cd "$out" && tar -czf gpu-logs.tar.gz gpu-*.log && rm -f gpu-*.log) 2>/dev/null

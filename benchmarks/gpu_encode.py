@@ -3,7 +3,8 @@
 ViT-B/16, 224 pixels, p = 50, M = 13, bfloat16; forward, and forward with the backward to the prompts; shallow and deep.
 Peers run timm's own modules on the same images, and are checked to give the same features: a loop over prompts (eager),
 prompts batched with the images (eager, with PyTorch's choice of attention and with cuDNN's), and with --compiled the
-same under torch.compile (max-autotune). A batched peer takes all prompts and a quarter of the images at a time.
+same with each block under torch.compile (max-autotune). A batched peer takes all prompts and a quarter of the images at
+a time.
 
 "useful" counts the floating-point operations that have to be done (the exact savings taken off), "naive" those of the
 plain loop; both stand beside the rate of the library's products, measured in the same run at the network's shapes.
@@ -36,14 +37,14 @@ COMPILED = "--compiled" in sys.argv
 IMAGES_AT_ONCE = 1 if REHEARSE else 16  # of a batched peer: with 13 prompts it keeps about 10 GB
 
 
-def batched(model, prompts, images):
-    """timm's modules on all (prompt, image) pairs at once → [m, B, h]."""
+def batched(model, blocks, prompts, images):
+    """timm's modules on all (prompt, image) pairs at once → [m, B, h]; blocks: the model's own, or compiled."""
     deep, m, b = prompts.ndim == 4, len(prompts), len(images)
     x = model._pos_embed(model.patch_embed(images)).repeat(m, 1, 1)
     of = functools.partial(torch.repeat_interleave, repeats=b, dim=0)
     p = prompts.shape[-2]
     x = model.norm_pre(torch.cat([x[:, :1], of(prompts[:, 0] if deep else prompts), x[:, 1:]], dim=1))
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(blocks):
         if deep and i > 0:
             x = torch.cat([x[:, :1], of(prompts[:, i]), x[:, 1 + p :]], dim=1)
         x = block(x)
@@ -52,16 +53,21 @@ def batched(model, prompts, images):
 
 def peers(model):
     """{name: (function of prompts and images → features, prompts at once, images at once, context)}"""
-    one, many = functools.partial(literal.features, model), functools.partial(batched, model)
-    plain = contextlib.nullcontext
     cudnn = functools.partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)
-    if COMPILED:
-        return {
-            "timm batched, compiled": (many, M, IMAGES_AT_ONCE, plain),
-            "timm batched, compiled, cuDNN": (many, M, IMAGES_AT_ONCE, cudnn),
+    if COMPILED:  # block by block: the same code twelve times is compiled once
+        torch._dynamo.config.cache_size_limit = 64
+        blocks = [torch.compile(block, mode="max-autotune-no-cudagraphs") for block in model.blocks]
+        found = {"timm batched, compiled": (functools.partial(batched, model, blocks), M, IMAGES_AT_ONCE)}
+    else:
+        many = functools.partial(batched, model, model.blocks)
+        found = {
+            "timm loop": (functools.partial(literal.features, model), 1, B),
+            "timm batched": (many, M, IMAGES_AT_ONCE),
         }
-    found = {"timm loop": (one, 1, B, plain), "timm batched": (many, M, IMAGES_AT_ONCE, plain)}
-    return found | ({"timm batched, cuDNN": (many, M, IMAGES_AT_ONCE, cudnn)} if DEVICE == "cuda" else {})
+    last = list(found)[-1]
+    if DEVICE == "cuda":
+        found[f"{last}, cuDNN"] = found[last]
+    return {name: (*rest, cudnn if "cuDNN" in name else contextlib.nullcontext) for name, rest in found.items()}
 
 
 def variants():
@@ -136,13 +142,13 @@ def measure(model, vit, images, prompts, direction, kind, deep, record) -> dict:
         operations.TRITON = kept
     best = case["ours"].get("triton", {}).get("ms")
     for name, (peer, prompts_at_once, images_at_once, context) in peers(model).items():
-        torch._dynamo.reset()  # else one peer would run another's code: attention's backend is no part of its guards
-        run = torch.compile(peer, mode="max-autotune") if COMPILED else peer
+        if COMPILED:
+            torch._dynamo.reset()  # else one runs the other's code: attention's backend is no part of its guards
         try:
             with context():
-                expected = theirs(run, prompts_at_once, images_at_once).double()
-                ms = median_ms(functools.partial(theirs, run, prompts_at_once, images_at_once), rounds=10)
-                host = host_ms(functools.partial(theirs, run, prompts_at_once, images_at_once))
+                expected = theirs(peer, prompts_at_once, images_at_once).double()
+                ms = median_ms(functools.partial(theirs, peer, prompts_at_once, images_at_once), rounds=10)
+                host = host_ms(functools.partial(theirs, peer, prompts_at_once, images_at_once))
             case["peers"][name] = {"ms": ms, "host ms": host, "ratio": ms / best if best else None}
             if result is not None:
                 case["peers"][name]["relative_difference"] = float((result - expected).norm() / expected.norm())
