@@ -52,7 +52,7 @@ def instead(row: dict[str, int], options: dict[str, int]) -> Iterator[None]:
 
 def row_in_use(kernel: str, bits: int, width: int) -> dict[str, int]:
     """The row of the launch options that a kernel takes on this device."""
-    rows = compiler.configurations()[compiler._architecture(torch.device(DEVICE))][kernel]
+    rows = compiler.configurations()[compiler.architecture(torch.device(DEVICE))][kernel]
     return next(r for r in rows if r["bits"] == bits and r["width"] >= width)
 
 

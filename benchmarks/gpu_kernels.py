@@ -101,7 +101,7 @@ def attentions(table: Table) -> None:
     plain = functools.partial(attention.packed_attention_reference, scale=SCALE)
     measure("attention, middle block", packed, plain, [qkv], T, T)
     # dQ, dK, dV from one program: on sm_90, 8 warps and 16 queries at once do not spill; on sm_80 they do.
-    if DEVICE != "cuda" or compiler._architecture(torch.device(DEVICE)) == "sm_90":
+    if DEVICE != "cuda" or compiler.architecture(torch.device(DEVICE)) == "sm_90":
         whole = {"WHOLE_UP_TO": 256, "BLOCK_T": 16, "num_warps": 8, "num_stages": 1}
         with instead(row_in_use("attention_backward_keys", 8 * element, HEAD_DIM), whole):
             measure("attention, middle block, one program", packed, plain, [qkv], T, T)

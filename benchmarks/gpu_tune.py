@@ -18,7 +18,7 @@ import torch
 from gpu_common import DEVICE, DTYPE, HEAD_DIM, HEADS, IMAGE_TOKENS, INNER, M, TOKENS, WIDTH  # isort: skip
 from gpu_common import REHEARSE, instead, keep, median_ms, provenance, row_in_use  # isort: skip
 
-from hgprompt.kernels import attention, mlp, norm
+from hgprompt.kernels import activation, attention, linear, norm
 
 IMAGES, T, SCALE = (2 if REHEARSE else 16), IMAGE_TOKENS + TOKENS, HEAD_DIM**-0.5
 
@@ -30,7 +30,7 @@ def tiles(*names: str) -> Callable[..., Iterator[dict[str, int]]]:
 
 _attention = tiles("BLOCK_T", "BLOCK_S")
 _keys = tiles("BLOCK_T", "BLOCK_S", "WHOLE_UP_TO")
-_linear = tiles("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP")
+_linear = tiles("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "PARTS", "PER_SM")
 # kernel: (width of its row, candidates)
 CANDIDATES: dict[str, tuple[int, list[dict[str, int]]]] = {
     "attention_forward": (HEAD_DIM, [*_attention(
@@ -61,9 +61,10 @@ CANDIDATES: dict[str, tuple[int, list[dict[str, int]]]] = {
         (512, 4, 1), (1024, 4, 1), (2048, 4, 1), (4096, 4, 1), (2048, 8, 1), (4096, 8, 1), (8192, 8, 1)
     )]),
     "linear": (0, [*_linear(
-        (128, 128, 64, 8, 8, 3), (128, 128, 64, 8, 4, 3), (128, 128, 64, 8, 4, 4), (128, 256, 64, 8, 8, 3),
-        (128, 256, 64, 8, 8, 4), (256, 128, 64, 8, 8, 3), (256, 128, 64, 8, 8, 4), (64, 256, 64, 8, 4, 4),
-        (128, 256, 64, 16, 8, 3),
+        (128, 128, 64, 8, 2, 2, 4, 2), (128, 128, 64, 8, 2, 2, 4, 3), (128, 128, 32, 8, 2, 2, 4, 4),
+        (128, 128, 64, 8, 1, 1, 8, 3), (128, 128, 64, 8, 2, 1, 8, 4), (128, 256, 64, 8, 2, 1, 8, 3),
+        (128, 256, 64, 16, 2, 1, 8, 3), (256, 128, 64, 8, 2, 1, 8, 3), (64, 256, 64, 8, 2, 2, 4, 2),
+        (64, 128, 64, 8, 1, 3, 4, 3),
     )]),
 }  # fmt: skip
 
@@ -111,11 +112,11 @@ def calls(images: int) -> dict[str, dict[str, Callable[[], object]]]:
         x, y, z, rstd, True, torch.float32, DTYPE
     )
     wide, other = random(count, INNER), torch.empty(count, INNER, device=DEVICE, dtype=DTYPE)
-    found["activate"]["forward"] = lambda: mlp._launch_activate(wide, other, "gelu", False)
-    found["activate"]["backward"] = lambda: mlp._launch_activate(wide, other, "gelu", False, dout=wide)
+    found["activate"]["forward"] = lambda: activation.launch_activate(wide, other, "gelu", False)
+    found["activate"]["backward"] = lambda: activation.launch_activate(wide, other, "gelu", False, dout=wide)
     weight, transposed, bias = random(INNER, WIDTH), random(WIDTH, INNER), random(INNER)
-    found["linear"]["fc1, kept"] = lambda: mlp._launch_linear(y, weight, False, bias, "gelu", other, False)
-    found["linear"]["fc2, backward"] = lambda: mlp._launch_linear(y, transposed, True, None, "gelu", other, True)
+    found["linear"]["fc1, kept"] = lambda: linear.linear_activate(y, weight, bias, "gelu", keep=True)
+    found["linear"]["fc2, backward"] = lambda: linear.linear_multiply(y, transposed, other)
     return found
 
 

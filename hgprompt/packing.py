@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hgprompt.errors import BackboneError
-from hgprompt.kernels.mlp import Activation
+from hgprompt.kernels.activation import Activation
 from hgprompt.kernels.norm import NormKind
 
 QUICK_GELU_SLOPE = 1.702

@@ -16,11 +16,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hgprompt.kernels import attention, compiler, gram, mixture, mlp, moments, norm
+from hgprompt.kernels import activation, attention, compiler, gram, linear, mixture, moments, norm
 from hgprompt.kernels.compiler import ARCHITECTURES, SHARED_MEMORY, configurations, triton
 
 _TYPES = {16: ("bf16", "fp16"), 32: ("fp32",), 64: ("fp64",)}
@@ -28,7 +28,7 @@ _TYPES = {16: ("bf16", "fp16"), 32: ("fp32",), 64: ("fp64",)}
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel to compile: its pointers' types by name, its constants, and Triton's options."""
+    """One kernel to compile: its pointers' types by name, descriptors' tiles, constants, and Triton's options."""
 
     kernel: Any
     name: str
@@ -40,6 +40,7 @@ class Case:
     float64: tuple[str, ...] = ()
     int64: tuple[str, ...] = ()
     scalars: tuple[str, ...] = ()
+    tiles: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def uses_tensor_cores(self) -> bool:
@@ -111,16 +112,21 @@ def _cases(kernel: str, row: dict[str, int], dtype: str) -> Iterator[Case]:
                        float32=("dtotal", "dx", "rstd"))  # fmt: skip
     elif kernel == "activate":
         for gated in (False, True):
-            for function in (mlp._activate, mlp._activate_backward):
-                for activation in _activations(dtype):
-                    fixed = {"F": 3072, "GATED": gated, "ACTIVATION": activation} | options
+            for function in (activation._activate, activation._activate_backward):
+                for name in _activations(dtype):
+                    fixed = {"F": 3072, "GATED": gated, "ACTIVATION": name} | options
                     yield Case(function, kernel, dtype, fixed, **launch)
     elif kernel == "linear":
-        for activation in _activations(dtype):
-            kept = {"BIAS": True, "ACTIVATION": activation, "KEEP": True, "MULTIPLY": False, "b_k": 1}
-            yield Case(mlp._linear, kernel, dtype, kept | precision | options, **launch)
-        back = {"BIAS": False, "ACTIVATION": "gelu", "KEEP": False, "MULTIPLY": True, "b_n": 1}
-        yield Case(mlp._linear, kernel, dtype, back | precision | options, **launch)
+        m, n, k = (options[f"BLOCK_{letter}"] for letter in "MNK")
+        options.pop("PER_SM")
+        tiles = {"a": (m, k), "b": (n, k)} | dict.fromkeys(("out", "slope"), (m, n // options["PARTS"]))
+        for name in _activations(dtype):
+            for keep in (False, True):
+                ahead = {"BIAS": True, "ACTIVATION": name, "KEEP": keep, "MULTIPLY": False}
+                yield Case(linear._linear, kernel, dtype, ahead | precision | options, **launch, tiles=tiles)
+        back = {"BIAS": False, "ACTIVATION": "relu", "KEEP": False, "MULTIPLY": True}
+        tiles = tiles | {"b": (k, n)}
+        yield Case(linear._linear, kernel, dtype, back | precision | options, **launch, tiles=tiles)
     elif kernel == "add_moments":
         block = {"H": 768, "PRECISION": "tf32x3"} | options
         yield Case(moments._add_block_row, kernel, dtype, block, **launch, float32=("high", "low"), float64=("row",))
@@ -172,6 +178,9 @@ def compile_case(case: Case, architecture: str) -> Compiled:
             signature[name] = "*i64"
         elif name in case.scalars:
             signature[name] = "fp32"
+        elif name in case.tiles:
+            rows, columns = case.tiles[name]
+            signature[name] = f"tensordesc<{case.dtype}[{rows}, {columns}]>"
         elif _is_pointer(case.kernel, name):
             signature[name] = f"*{case.dtype}"
         else:
@@ -223,7 +232,8 @@ _POINTERS = {
     "attention": {"q1", "q2", "k1", "k2", "v1", "v2", "out", "dout", "lse", "delta",
                   "dq1", "dq2", "dk1", "dk2", "dv1", "dv2"},
     "norm": {"x", "y", "total", "z", "rstd", "dtotal", "dz", "dx", "dy"},
-    "mlp": {"pre", "out", "dout", "dpre", "a", "b", "bias", "slope"},
+    "activation": {"pre", "out", "dout", "dpre"},
+    "linear": {"bias"},
     "moments": {"features", "centre", "order", "starts", "out", "row", "high", "low"},
     "mixture": {"features", "means", "weights", "out", "slope", "rows", "offsets", "factors", "matrix"},
     "gram": {"whole", "parts", "out"},

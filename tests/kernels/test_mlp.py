@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from rule import assert_by_rule
 from scipy.special import expit, ndtr
 
 pytest.importorskip("triton")
-from hgprompt.kernels import mlp
+from hgprompt.kernels import activation as activations
+from hgprompt.kernels import linear, mlp
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
@@ -49,10 +52,33 @@ def test_equals_plain(shape, f, e, activation, form, gated, bias, dtype):
     assert_by_rule(actual[1], peer[1], exact[1], 3, "gradient")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 8, 8), (150, 96, 200), (130, 64, 136), (300, 136, 264)])
+def test_products_with_an_epilogue(rows, inner, columns, dtype):
+    """Several tiles for one program, and tiles that end beyond the tensor, or with it."""
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias, slope = (
+        torch.randn(s, dtype=torch.float64, generator=g) for s in ((rows, inner), (columns, inner), columns, rows)
+    )
+    weight, slope = weight / inner**0.5, slope[:, None].expand(rows, columns).contiguous()
+    if not linear.available(torch.empty(0, dtype=dtype, device=DEVICE), inner, columns):
+        pytest.skip("needs tensor descriptors: sm_90")
+
+    def run(ahead, back, dtype):
+        a, w, b, s = (t.to(DEVICE, dtype) for t in (x, weight, bias, slope))
+        return *ahead(a, w, b, "gelu"), back(a, w.t().contiguous(), s)
+
+    exact = run(linear.linear_activate_reference, linear.linear_multiply_reference, torch.float64)
+    peer = run(linear.linear_activate_reference, linear.linear_multiply_reference, dtype)
+    found = run(functools.partial(linear.linear_activate, keep=True), linear.linear_multiply, dtype)
+    for name, *three in zip(("output", "derivative", "product"), found, peer, exact, strict=True):
+        assert_by_rule(*three, 2, name)
+
+
 @pytest.mark.parametrize("form", ["library", "fused"])
 def test_more_rows_and_columns_than_a_tile(form):
     x = torch.randn(150, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    weights = _weights(96, 200, 33, False, True)
+    weights = _weights(96, 200, 36, False, True)
     exact = _run(mlp.mlp_reference, x, weights, torch.float64, "gelu", False)
     peer = _run(mlp.mlp_reference, x, weights, torch.float32, "gelu", False)
     actual = _run(mlp.mlp, x, weights, torch.float32, "gelu", False, form)
@@ -82,8 +108,8 @@ def test_every_number_of_sixteen_bits(activation, dtype):
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x[x.abs() <= torch.finfo(torch.float16).max]
     out, slope = (torch.full_like(x, float("nan"), device=DEVICE) for _ in range(2))
-    mlp._launch_activate(x.to(DEVICE), out, activation, False)
-    mlp._launch_activate(x.to(DEVICE), slope, activation, False, dout=torch.ones_like(out))
+    activations.launch_activate(x.to(DEVICE), out, activation, False)
+    activations.launch_activate(x.to(DEVICE), slope, activation, False, dout=torch.ones_like(out))
     rounding = 1.0 if DEVICE == "cpu" and dtype == torch.bfloat16 else 0.5
     exact = [torch.from_numpy(y) for y in _exact(x.double().numpy(), activation)]
     terms = exact[0].abs(), exact[1].abs() + (exact[0] / x.double()).abs().nan_to_num()
