@@ -31,7 +31,7 @@ from gpu_common import ceilings, host_ms, keep, median_ms, network, peak_gigabyt
 
 from hgprompt import FrozenViT, encode, operations
 from hgprompt.encoder import pull_back
-from hgprompt.kernels import mlp
+from hgprompt.kernels import linear, mlp
 
 COMPILED = "--compiled" in sys.argv
 IMAGES_AT_ONCE = 1 if REHEARSE else 16  # of a batched peer: with 13 prompts it keeps about 10 GB
@@ -72,13 +72,15 @@ def peers(model):
 
 def variants():
     """Ours: what runs by default, and with one thing changed."""
-    fused = dataclasses.replace(operations.TRITON, mlp=functools.partial(mlp.mlp, form="fused"))
-    return {
+    found = {
         "triton": ("triton", operations.TRITON),
-        "triton, fused MLP": ("triton", fused),
         "triton, sdpa attention": ("sdpa", operations.TRITON),
         "reference": ("reference", operations.TRITON),
     }
+    if linear.available(torch.empty(0, device=DEVICE, dtype=DTYPE), WIDTH):  # of sm_90
+        fused = dataclasses.replace(operations.TRITON, mlp=functools.partial(mlp.mlp, form="fused"))
+        found["triton, fused MLP"] = ("triton", fused)
+    return found
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from gpu_common import DEVICE, DTYPE, HEAD_DIM, HEADS, IMAGE_TOKENS, INNER, TOKE
 from gpu_common import REHEARSE, ceilings, instead, keep, median_ms, provenance, row_in_use  # isort: skip
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hgprompt.kernels import attention, compiler, mlp, norm
+from hgprompt.kernels import attention, compiler, linear, mlp, norm
 
 IMAGES = B if REHEARSE else 16  # with 13 prompts: 208 sequences, a good load for a GPU
 T = IMAGE_TOKENS + TOKENS
@@ -171,7 +171,8 @@ def mlps(table: Table) -> None:
     flop = 4 * rows * WIDTH * INNER
     for activation in ("gelu", "silu"):
         forms = {
-            form: lambda t, f=form, a=activation: mlp.mlp(t, w1, b1, w2, b2, a, form=f) for form in ("library", "fused")
+            form: lambda t, f=form, a=activation: mlp.mlp(t, w1, b1, w2, b2, a, form=f)
+            for form in (("library", "fused") if linear.available(x, WIDTH, INNER) else ("library",))
         }
         forms["PyTorch"] = lambda t, a=activation: mlp.mlp_reference(t, w1, b1, w2, b2, a, False)
         for name, function in forms.items():

@@ -18,7 +18,7 @@ import torch
 from gpu_common import DEVICE, DTYPE, HEAD_DIM, HEADS, IMAGE_TOKENS, INNER, M, TOKENS, WIDTH  # isort: skip
 from gpu_common import REHEARSE, instead, keep, median_ms, provenance, row_in_use  # isort: skip
 
-from hgprompt.kernels import activation, attention, linear, norm
+from hgprompt.kernels import activation, attention, compiler, linear, norm
 
 IMAGES, T, SCALE = (2 if REHEARSE else 16), IMAGE_TOKENS + TOKENS, HEAD_DIM**-0.5
 
@@ -141,7 +141,8 @@ def build(kernel: str, options: dict[str, int]) -> None:
 def main() -> None:
     torch.manual_seed(0)
     record = provenance() | {"sequences": M * IMAGES, "kernels": {}}
-    work = [(name, options) for name in CANDIDATES for options in candidates(name)]
+    shipped = compiler.configurations()[compiler.architecture(torch.device(DEVICE))]
+    work = [(name, options) for name in CANDIDATES if name in shipped for options in candidates(name)]
     if not REHEARSE:
         workers = max(1, min(14, (os.cpu_count() or 1) - 1))
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:

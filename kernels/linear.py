@@ -13,18 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hgprompt.kernels import compiler
 from hgprompt.kernels.activation import Activation, activate, slope_of, value_of
-from hgprompt.kernels.compiler import (
-    architecture,
-    cdiv,
-    configurations,
-    jit,
-    launch_options,
-    on_device,
-    precision_of,
-    tl,
-)
-from hgprompt.kernels.compiler import available as compiler_available
+from hgprompt.kernels.compiler import cdiv, jit, launch_options, on_device, precision_of, tl
 
 # What plain PyTorch computes ------------------------------------------------------------------------------------------
 
@@ -110,7 +101,7 @@ def _linear(
 
 def available(x: Tensor, *widths: int) -> bool:
     """Whether the kernel runs on x's device, on tensors of these last dimensions (rows of 16 bytes)."""
-    known = compiler_available(x.device) and "linear" in configurations()[architecture(x.device)]
+    known = compiler.available(x.device) and "linear" in compiler.configurations()[compiler.architecture(x.device)]
     return known and all(width * x.element_size() % 16 == 0 for width in widths)
 
 
