@@ -138,7 +138,6 @@ def _stops_early(rank):
     # Rank 2 has no more after its first batch: the others go on looking, together.
     mine = slice(2, 22, WORLD) if rank == 2 else mine
     uneven = fast_ensemble(prompts, _batches(images[mine], labels[mine]), **options)
-    mine = slice(rank, None, WORLD)
     mine = slice(rank, 160, WORLD)  # as many as two looks need
     by_h = fast_ensemble(prompts, _batches(images[mine], labels[mine]), lam=0.0, gradient_images=32, **options)
     return (
