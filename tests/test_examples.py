@@ -54,10 +54,10 @@ def _printed_weights(output):
     return {name: float(re.search(rf"^{name} +(\d\.\d+)", output, re.M)[1]) for name in ("cats", "dogs")}
 
 
-@pytest.mark.parametrize("shard", ["images", "prompts"])
-def test_torchrun(tmp_path, pool, alone, shard):
+def test_torchrun(tmp_path, pool, alone):
+    """With shares of the prompts; tests/cli/test_ensemble.py has torchrun share the images."""
     example = ROOT / "examples" / "torchrun_ensemble.py"
-    output = _run(tmp_path, *TORCHRUN, example, pool, "--images", IMAGES, "--out", "mix", "--shard", shard)
+    output = _run(tmp_path, *TORCHRUN, example, pool, "--images", IMAGES, "--out", "mix", "--shard", "prompts")
     result = hgprompt.EnsembleResult.load(tmp_path / "mix")
     torch.testing.assert_close(result.weights, alone.weights, rtol=0, atol=1e-6)  # features are float32
     assert _printed_weights(output) == pytest.approx(

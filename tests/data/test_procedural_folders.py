@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import torch
@@ -14,13 +13,14 @@ from hgprompt.paper.tasks import check_task
 RECIPE = Path(__file__).parents[2] / "recipes" / "procedural_folders.py"
 
 
-def _run(root, *more):
-    command = [sys.executable, RECIPE, root, "--tasks", "sprite-x-location", "--size", "16", "--test", "40", *more]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+def test_folders_hold_what_was_rendered(tmp_path, monkeypatch, capsys):
+    def run(*more):
+        command = [RECIPE, tmp_path / "tasks", "--tasks", "sprite-x-location", "--size", "16", "--test", "40", *more]
+        monkeypatch.setattr("sys.argv", [str(part) for part in command])
+        runpy.run_path(str(RECIPE), run_name="__main__")
+        return capsys.readouterr().out
 
-
-def test_folders_hold_what_was_rendered(tmp_path):
-    _run(tmp_path / "tasks")
+    run()
     folder = tmp_path / "tasks" / "sprite-x-location"
     task = check_task(folder)  # splits are disjoint and add up, classes are known
     rendered = {
@@ -34,6 +34,6 @@ def test_folders_hold_what_was_rendered(tmp_path):
         assert read.class_names == images.class_names
     assert [len(task.splits[name].samples) for name in ("train800", "val200")] == [800, 200]
     before = (folder / "test.txt").stat().st_mtime_ns
-    assert _run(tmp_path / "tasks", "--seed", "1").stdout == ""  # what is there stays
+    assert run("--seed", "1") == ""  # what is there stays
     assert (folder / "test.txt").stat().st_mtime_ns == before
     assert [p.name for p in (tmp_path / "tasks").iterdir()] == ["sprite-x-location"]
