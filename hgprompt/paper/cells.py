@@ -200,11 +200,15 @@ def run_cells(
     with _alone(store.directory / f".{share.rank}-of-{share.world}.lock"), Progress.of(progress) as report:
         done = store.finished(cells)  # also refuses what was made otherwise, before any work
         mine = share.of(cells)
+        seconds = cost = 0.0  # of what was finished here
 
         def tell() -> None:
-            report(stage, sum(cell.key in done for cell in mine), len(mine))
+            ahead = sum(cell.cost for cell in mine if cell.key not in done)
+            left = seconds / cost * ahead if cost else None
+            report(stage, sum(cell.key in done for cell in mine), len(mine), left=left)
 
         def work_on(cell: Cell, *, own: bool) -> None:
+            nonlocal seconds, cost
             with store.claimed(cell) as alone:
                 free = own if alone is None else alone
                 record = store.get(cell)  # another process may have finished it meanwhile
@@ -212,7 +216,9 @@ def run_cells(
                     began = time.perf_counter()
                     record = jsonable(dict(cell.run(Work(make_directory(store.checkpoints(cell)), report))))
                     store.put(cell, record)
-                    logger.info("%s finished in %.1f s", cell.key, time.perf_counter() - began)
+                    took = time.perf_counter() - began
+                    seconds, cost = seconds + took, cost + cell.cost
+                    logger.info("%s finished in %.1f s", cell.key, took)
                 if record is not None:
                     done[cell.key] = record
                 if free:
