@@ -55,7 +55,13 @@ ImageSize = Annotated[
         rich_help_panel=BACKBONE_PANEL,
     ),
 ]
-Lambda = Annotated[float, typer.Option("--lambda", "--lam", help="Pull of gradient alignment (λ of Eq. 12).", min=0.0)]
+Lambda = Annotated[
+    float,
+    typer.Option(
+        "--lambda", "--lam", min=0.0,
+        help="Pull of gradient alignment, beside H / (C - 1). Eq. 12 has H itself: its λ is C - 1 times this one.",
+    ),
+]  # fmt: skip
 Split = Annotated[str, typer.Option(help="Which split file of a VTAB-1k folder.")]
 Limit = Annotated[
     int | None,

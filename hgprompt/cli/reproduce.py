@@ -53,8 +53,8 @@ def reproduce(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Rows of table1 or panels of fig4, named as there, with commas; also HGPrompt λ=0, or of any other λ. "
-            "Default: all.", show_default=False, rich_help_panel=_PROTOCOL,
+            help="Rows of table1 or panels of fig4, named as there, with commas; also HGPrompt λ=0, or of any other λ, "
+            "PARTIAL-2 and MLP-4. Default: all.", show_default=False, rich_help_panel=_PROTOCOL,
         ),
     ] = None,
     seeds: Annotated[
@@ -118,6 +118,7 @@ def reproduce(
     from hgprompt.errors import OptionError
     from hgprompt.files import output_directory
     from hgprompt.paper import EXPERIMENTS, Lab, Plan, Share, Store, find_suite, make_request, method_names, run_cells
+    from hgprompt.paper.experiments import uses_pool
     from hgprompt.pool import PromptPool
 
     if experiment not in EXPERIMENTS:
@@ -151,22 +152,24 @@ def reproduce(
 
     lab = Lab(vit, model, suite, plan, out, pool=known, sources=tuned)
     request = make_request(wanted, lab, targets, method_names(methods or ""))
-    prepare, cells, store = lab.source_cells(), wanted.cells(lab, request), Store(out)
+    cells, store = wanted.cells(lab, request), Store(out)
+    prepare = lab.source_cells() if uses_pool(request, lab) else []
     if dry_run:
         _print_plan(wanted, lab, store, prepare, cells, as_json)
         return
     with output_directory(out):
         progress = not (quiet or as_json) and share.rank == 0
         run_cells(store, prepare, share=share, progress=progress, stage="source prompts", wait=True)
-        lab.whole_pool()
+        if prepare:
+            lab.whole_pool()
         records = run_cells(store, cells, share=share, progress=progress)
         if len(records) < len(cells):
             if as_json:
                 ahead = [cell.key for cell in cells if cell.key not in records]
                 show.print_json({"experiment": experiment, "done": list(records), "to_do": ahead})
             typer.echo(
-                f"{len(cells) - len(records)} of {len(cells)} cells are other processes', not finished yet: the last "
-                "of them writes the result, or this command once more",
+                f"{len(cells) - len(records)} of {len(cells)} cells are other processes', which are at them: the last "
+                "one writes the result. Should they have been stopped, this command goes on with their work",
                 err=True,
             )
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from hgprompt.data.folders import available_cores
@@ -10,15 +11,26 @@ from hgprompt.errors import OptionError
 from hgprompt.paper.cells import Cell, Work
 from hgprompt.paper.lab import Lab
 from hgprompt.tuning.method import Method, identified
-from hgprompt.tuning.methods import CONTROLS, METHODS, FittedHGPrompt, HGPrompt, RawHGPrompt
+from hgprompt.tuning.methods import (
+    CONTROLS,
+    METHODS,
+    MLP,
+    FittedHGPrompt,
+    HGPrompt,
+    PaperHGPrompt,
+    Partial,
+    RawHGPrompt,
+)
 from hgprompt.tuning.protocol import GRIDS, select_and_retrain
 
 COMPARED: dict[str, Method] = METHODS | CONTROLS
-_WITH_LAMBDA = {kind.name: kind for kind in (HGPrompt, RawHGPrompt, FittedHGPrompt)}
+_WITH_LAMBDA = {kind.name: kind for kind in (HGPrompt, RawHGPrompt, PaperHGPrompt, FittedHGPrompt)}
+_WITH_LAYERS: dict[str, Callable[[int], Method]] = {"PARTIAL": Partial, "MLP": MLP}
 
 
 def method_of(name: str, lam: float = 1.0) -> Method:
-    """A method by its name. HGPrompt (with raw H, or a fitted head) has the given λ, and "HGPrompt λ=0" its own.
+    """A method by its name. HGPrompt (also with raw H, as the paper has it, or under a fitted head) has the given λ,
+    and "HGPrompt λ=0" its own; PARTIAL-k and MLP-k have any k.
 
     Raises:
         OptionError: no such method.
@@ -29,6 +41,9 @@ def method_of(name: str, lam: float = 1.0) -> Method:
             return _WITH_LAMBDA[plain](float(own) if own else lam)
         except ValueError as error:
             raise OptionError(f"{name!r}: λ is a number from 0, got {own!r}") from error
+    kind, _, layers = name.partition("-")
+    if kind in _WITH_LAYERS and layers.isascii() and layers.isdecimal():
+        return _WITH_LAYERS[kind](int(layers))
     if name not in COMPARED:
         raise OptionError(f"no method is called {name!r}: there are {'; '.join(COMPARED)}")
     return COMPARED[name]

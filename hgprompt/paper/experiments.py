@@ -95,7 +95,7 @@ def _table(lab: Lab, title: str, rows: Mapping[str, str], request: Request, reco
 def _write_table1(lab: Lab, request: Request, records: Records) -> list[Path]:
     table = _table(lab, "Method", {m: m for m in request.methods}, request, records)
     pairs, files = _paired(lab, request, records)
-    return [*_write_accuracies(lab, "table1", table, request, records, pairs), *files]
+    return [*_write_accuracies(lab, "table1", table, request.methods, request, records, pairs), *files]
 
 
 def _paired(lab: Lab, request: Request, records: Records) -> tuple[list[str], list[Path]]:
@@ -134,35 +134,48 @@ def _write_table2(lab: Lab, request: Request, records: Records) -> list[Path]:
         "The third row is the first: the alignment loss of Eq. 10 is least at uniform weights, whatever the gradients "
         "are, so alone it leaves the uniform mixture as it is."
     )
-    return _write_accuracies(lab, "table2", table, request, records, [remark])
+    methods = list(dict.fromkeys(_ABLATION.values()))
+    return _write_accuracies(lab, "table2", table, methods, request, records, [remark])
 
 
 def _write_accuracies(
-    lab: Lab, name: str, table: Table, request: Request, records: Records, remarks: Sequence[str]
-) -> list[Path]:
+    lab: Lab, name: str, table: Table, methods: Sequence[str], request: Request, records: Records,
+    remarks: Sequence[str],
+) -> list[Path]:  # fmt: skip
     from hgprompt.paper.figures import plot_dots, plot_scores
 
-    below = "Test accuracy in %. Bold: best of a column, underlined: second best."
-    if len(lab.plan.seeds) > 1:
-        below += f" Mean ± standard deviation (n - 1) of {len(lab.plan.seeds)} seeds."
-    remarks = [*remarks, *_at_the_edge(lab, request, records), *_diverged(lab, request, records)]
-    files = _write_text(lab, name, table.markdown(), table.csv(), [below, *remarks])
+    files = _write_table(lab, name, table, methods, request, records, remarks)
     rows = {n: [(e.mean, e.std or 0.0) for e in entries] for n, entries in table.rows.items()}
     draw = plot_dots if len(rows) <= _FEW else plot_scores
     draw(table.columns, rows, EXPERIMENTS[name].title, lab.out / f"{name}.png")
     return [*files, lab.out / f"{name}.png"]
 
 
+def _write_table(
+    lab: Lab, name: str, table: Table, methods: Sequence[str], request: Request, records: Records,
+    remarks: Sequence[str],
+) -> list[Path]:  # fmt: skip
+    """Of accuracies, with what has to be known to read it."""
+    below = "Test accuracy in %."
+    if len(table.rows) > 1:
+        below += " Bold: best of a column, underlined: second best."
+    if len(lab.plan.seeds) > 1:
+        below += f" Mean ± standard deviation (n - 1) of {len(lab.plan.seeds)} seeds."
+    remarks = [*remarks, *_at_the_edge(lab, methods, request, records), *_diverged(lab, request, records)]
+    pool = _use_pool(methods, lab)
+    return _write_text(lab, name, table.markdown(), table.csv(), [below, *remarks], pool=pool)
+
+
 def _digits(p: Any) -> str:
     return f"{p:.3f}" if p >= 0.001 else f"{p:.1g}"
 
 
-def _at_the_edge(lab: Lab, request: Request, records: Records) -> list[str]:
+def _at_the_edge(lab: Lab, methods: Sequence[str], request: Request, records: Records) -> list[str]:
     """A sentence for methods that might have done better with rates beyond the grid's largest or smallest."""
     remarks = []
     for edge, of, others in (("largest", max, "larger"), ("smallest", min, "smaller")):
         often = []
-        for method in request.methods:
+        for method in methods:
             of_tasks = _of(lab, method, request, records).values()
             at = sum(record["chosen"]["lr"] == of(point["lr"] for point in record["grid"]) for record in of_tasks)
             if 2 * at > len(of_tasks):
@@ -250,7 +263,9 @@ def _write_fig4(lab: Lab, request: Request, records: Records) -> list[Path]:
     table = markdown(["method", "mean weight of the target's own prompt", "effective number of sources"], lines)
     below = [
         f"Weights over all {len(sources)} source prompts, the target's own among them (the diagonal). Effective number "
-        "of sources: 1/Σα², mean over targets."
+        "of sources: 1/Σα², mean over targets. HGPrompt: α. SPoT and PANDA: their scores of the sources over the sum "
+        "(to start from, SPoT takes the best alone, PANDA the mean). ATTEMPT: its attention, mean over images, once "
+        "it is trained by AdamW at its authors' rate."
     ]
     text = csv_text(["method", "target", "source", "weight"], rows)
     files = _write_text(lab, "fig4", table, text, below)
@@ -287,7 +302,7 @@ def _write_fig5(lab: Lab, request: Request, records: Records) -> list[Path]:
             pairs = zip(panel["points"], record["labels"], strict=True)
             rows += [[task, shown, i, class_names[label], x, y] for i, ((x, y), label) in enumerate(pairs)]
         path = lab.out / ("fig5.png" if len(request.targets) == 1 else f"fig5-{lab.task(task).name}.png")
-        plot_embeddings(panels, labels, class_names, notes, path)
+        plot_embeddings(panels, labels, class_names, notes, _title(lab, task), path)
         files.append(path)
     table = markdown(["target", "prompt", "H-score", f"{NEIGHBOURS} nearest neighbours, %"], lines)
     below = [
@@ -314,9 +329,10 @@ def _cells_fig6(lab: Lab, request: Request) -> list[Cell]:
 def _write_fig6(lab: Lab, request: Request, records: Records) -> list[Path]:
     from hgprompt.paper.figures import plot_lambda
 
-    table = _table(lab, "λ", {_at(lam): _at(lam) for lam in LAMBDAS}, request, records)
-    below = ["Test accuracy in %, tuned from the mixture that each λ of -H + λ L_align gives (Eq. 12)."]
-    files = _write_text(lab, "fig6", table.markdown(), table.csv(), below)
+    methods = {f"{lam:g}": _at(lam) for lam in LAMBDAS}
+    table = _table(lab, "λ", methods, request, records)
+    remark = "Tuned from the mixture that each λ of -H + λ L_align gives (Eq. 12)."
+    files = _write_table(lab, "fig6", table, list(methods.values()), request, records, [remark])
     curves: dict[str, dict[float, Sequence[float]]] = {}
     for lam in LAMBDAS:
         for task, accuracies in _accuracies(_of(lab, _at(lam), request, records)).items():
@@ -356,6 +372,15 @@ EXPERIMENTS = {
 }  # fmt: skip
 
 
+def uses_pool(request: Request, lab: Lab) -> bool:
+    """Whether any source prompt is needed."""
+    return not request.methods or _use_pool(request.methods, lab)
+
+
+def _use_pool(methods: Sequence[str], lab: Lab) -> bool:
+    return any(method_of(method, lab.plan.lam).uses_pool for method in methods)
+
+
 def make_request(experiment: Experiment, lab: Lab, targets: Sequence[str], methods: Sequence[str] = ()) -> Request:
     """Targets by their own names, and methods that the experiment can compare.
 
@@ -379,32 +404,43 @@ def _title(lab: Lab, name: str) -> str:
     return name if task is None else task.title
 
 
-def _write_text(lab: Lab, name: str, table: str, text: str, below: Sequence[str]) -> list[Path]:
-    """name.md, which says under which conditions the numbers hold, and name.csv."""
+def _write_text(lab: Lab, name: str, table: str, text: str, below: Sequence[str], *, pool: bool = True) -> list[Path]:
+    """name.md, which says under which conditions the numbers hold, and name.csv. pool: whether sources are used."""
     plan, vit = lab.plan, lab.backbone
     kind = "deep" if plan.deep else "shallow"
-    sources = len(lab.sources())
+    sources = _sources_said(lab) if pool else ""
     conditions = {
         "backbone": f"backbone {vit.name} at {vit.image_size[0]} pixels, weights {vit.fingerprint[:12]}",
         "dtype": str(vit.dtype).removeprefix("torch."),
-        "tokens": f"{plan.tokens} {kind} prompt tokens",
-        "sources": f"a pool of {sources} given prompts"
-        if lab.pool_given
-        else f"{sources} sources, {plan.source_epochs} epochs on each",
-        "epochs": f"{plan.epochs} epochs on targets, batches of {plan.batch_size}",
+        "tokens": _counted(plan.tokens, f"{kind} prompt token"),
+        "sources": sources,
+        "epochs": f"{_counted(plan.epochs, 'epoch')} on targets, batches of {plan.batch_size}",
         "grid": f"{plan.grid} grid",
         "lam": "λ as in each row" if name == "fig6" else f"λ = {plan.lam:g} (of -H/(C-1) + λ L_align)",
-        "seeds": f"seed {plan.seeds[0]}" if name in _NOT_OF else f"seeds {', '.join(map(str, plan.seeds))}",
+        "seeds": f"seed {plan.seeds[0]}"
+        if name in _NOT_OF or len(plan.seeds) == 1
+        else f"seeds {', '.join(map(str, plan.seeds))}",
         "test": "all test images"
         if plan.test_limit is None
         else f"at most {plan.test_limit} test images of a task, its classes in turn",
     }
-    said = [text for what, text in conditions.items() if what not in _NOT_OF.get(name, ())]
+    said = [text for what, text in conditions.items() if text and what not in _NOT_OF.get(name, ())]
     paragraphs = [f"# {EXPERIMENTS[name].title}", table.rstrip(), *below, f"Conditions: {'; '.join(said)}."]
     paragraphs += lab.suite.lines()
     write_text(lab.out / f"{name}.md", "\n\n".join(paragraphs) + "\n")
     write_text(lab.out / f"{name}.csv", text)
     return [lab.out / f"{name}.md", lab.out / f"{name}.csv"]
+
+
+def _sources_said(lab: Lab) -> str:
+    number, epochs = len(lab.sources()), lab.plan.source_epochs
+    if lab.pool_given:
+        return f"a pool of {number} given prompts"
+    return f"{number} sources, {_counted(epochs, 'epoch')} on each"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _number(value: float, digits: int = 2) -> str:

@@ -66,12 +66,13 @@ def plot_weights(
 
 def plot_embeddings(
     panels: Mapping[str, Matrix], labels: NDArray[np.int64], class_names: Sequence[str], notes: Mapping[str, str],
-    path: str | Path,
+    target: str, path: str | Path,
 ) -> None:  # fmt: skip
     """Fig. 5: images as points, coloured by class.
 
     Args:
         panels: {title: coordinates [N, 2]}. labels: [N]. class_names: of the labels. notes: {title: a line below it}.
+        target: name of the task whose images they are.
 
     Raises:
         OutputError: the file cannot be written.
@@ -81,7 +82,8 @@ def plot_embeddings(
     classes = np.unique(labels)
     shades = colormaps["tab20"].colors if len(classes) > 10 else colormaps["tab10"].colors  # type: ignore[attr-defined]
     marks = "os^DvP*Xp<"
-    figure = new_figure(3.5 * len(panels), 4.5)
+    figure = new_figure(3.5 * len(panels), 4.8)
+    figure.suptitle(f"Test images of {shortened(target)}, before any tuning on them")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for letter, axis, (title, points) in zip("ABCDEFGH", axes, panels.items(), strict=False):
         for k, c in enumerate(classes):
@@ -158,8 +160,8 @@ def plot_dots(
         places = [c + shift for c in range(len(entries))]
         means, deviations = zip(*entries, strict=True)
         axis.errorbar(
-            places, means, yerr=deviations, fmt=marker, color=colour, markersize=5.5, elinewidth=1, capsize=2,
-            label=shortened(name),
+            places, means, yerr=deviations if any(deviations) else None, fmt=marker, color=colour, markersize=5.5,
+            elinewidth=1, capsize=2, label=shortened(name, 40),
         )  # fmt: skip
     for c in range(1, len(columns)):
         axis.axvline(c - 0.5, color="0.93", linewidth=1, zorder=0)
@@ -182,9 +184,9 @@ def plot_scores(
     behind = means - means.max(axis=0)
     figure = new_figure(0.62 * len(columns) + 3.2, 0.33 * len(rows) + 1.9)
     axis = figure.subplots()
-    picture = axis.imshow(behind, cmap="Blues", vmin=-20, vmax=0, aspect="auto")
+    picture = axis.imshow(behind, cmap="Blues", vmin=-10, vmax=0, aspect="auto")
     for (i, j), value in np.ndenumerate(means):
-        best, ink = behind[i, j] == 0, "white" if behind[i, j] > -9 else "0.15"
+        best, ink = behind[i, j] == 0, "white" if behind[i, j] > -4.5 else "0.15"
         weight = "bold" if best else "normal"
         axis.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color=ink, fontweight=weight)
     _names(axis, list(rows), columns, longest=32)

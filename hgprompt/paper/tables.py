@@ -87,7 +87,8 @@ def accuracy_table(
     """
     present = [g for g in GROUPS if any(task.group == g for task in tasks)]
     means = {g.capitalize(): [t for t in tasks if t.group == g] for g in present} if len(present) > 1 else {}
-    means["Average"] = list(tasks)
+    if len(tasks) > 1:
+        means["Average"] = list(tasks)
     rows = {}
     for row, of_task in accuracies.items():
         rows[row] = (*(Entry.of(of_task[t.name]) for t in tasks), *(_mean(of_task, part) for part in means.values()))

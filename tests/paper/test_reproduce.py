@@ -16,7 +16,7 @@ from vtab_folders import write_task
 from hgprompt import OptionError, PromptPool, load_backbone
 from hgprompt.cli import main
 from hgprompt.paper import Lab, Plan, figures, find_suite, method_names
-from hgprompt.paper.bench import COMPARED, method_key
+from hgprompt.paper.bench import COMPARED, method_key, method_of
 from hgprompt.paper.embedding import neighbour_accuracy
 from hgprompt.tuning import random_prompt
 from hgprompt.tuning.methods import HGPrompt
@@ -103,6 +103,10 @@ def test_table1_and_what_the_experiments_share(reproduce, out):
     after = {p.name: p.stat().st_mtime_ns for p in (out / "cells").glob("*.json")}
     assert before.items() <= after.items()
     assert {*after} - {*before} == {f"HGPrompt{kind}.ants.json" for kind in ("", "-lambda-0", "-raw-H")}
+    # Two rates compete, so every row chose an end of its grid on its one task.
+    assert re.search(
+        r"Chose the grid's (largest|smallest) rate[^.]*HGPrompt λ=0 \(1 of 1\)", (out / "table2.md").read_text()
+    )
 
     said = reproduce("table1", "--tasks", "ants", "--methods", "HGPrompt,VPT,uniform")
     assert "Paired differences" in said
@@ -180,12 +184,16 @@ def test_fig6(reproduce, out):
     assert sorted(map(float, lams)) == [0.1, 0.2, 0.5, 1, 2, 5, 10]
     assert len(rows) == 7
     for row in rows:
-        lam = float(row["λ"].partition("λ=")[2])
+        lam = float(row["λ"])
         (cell,) = (path for path, at in zip(cells.values(), lams, strict=True) if float(at) == lam)
         record = json.loads(cell.read_text())["record"]
         assert float(row["owls mean"]) == pytest.approx(100 * np.mean(record["accuracies"]))
     assert _is_picture(out / "fig6.png")
-    assert "λ as in each row" in (out / "fig6.md").read_text()
+    text = (out / "fig6.md").read_text()
+    assert "λ as in each row" in text
+    assert "Average" not in text  # of one task
+    assert "(n - 1) of 2 seeds" in text
+    assert "Chose the grid's" in text
 
 
 def test_wrong_wishes(reproduce, root, tmp_path):
@@ -270,6 +278,26 @@ def test_a_share_that_is_not_the_last_says_what_is_left(reproduce, tmp_path, mon
     assert said["experiment"] == "fig3"
 
 
+def test_methods_without_a_pool_tune_no_sources(reproduce, tmp_path):
+    options = ("table1", "--tasks", "ants", "--out", tmp_path / "out", "--seeds", "1")
+    said = json.loads(reproduce(*options, "--methods", "Linear,PARTIAL-2", "--dry-run", "--json"))
+    assert said["to_do"] == ["Linear.ants", "PARTIAL-2.ants"]
+    said = reproduce(*options, "--methods", "Linear")
+    assert "sources" not in said
+    assert "Bold" not in said  # of one row
+    assert "1 epoch on targets" in said
+    assert "seed 1;" in said
+
+
+def test_methods_by_name():
+    assert method_of("MLP-4").name == "MLP-4"
+    assert method_of("PARTIAL-3").k == 3
+    assert method_of("HGPrompt, paper λ=0.5").lam == 0.5
+    for wrong in ("MLP-", "MLP-x", "MLP-²", "MLP-1", "Linear-2"):
+        with pytest.raises(OptionError):
+            method_of(wrong)
+
+
 def test_names_of_methods_may_have_commas():
     for names in (tuple(COMPARED), ("random, equal compute", "HGPrompt, raw H λ=2", "VPT", "HGPrompt", "SPoT")):
         assert method_names(",".join(names)) == names
@@ -289,7 +317,9 @@ def test_figures_of_thirteen_tasks(tmp_path):
     figures.plot_weights(dict.fromkeys(("one", "two", "three"), weights), names, names, tmp_path / "w.png")
     figures.plot_matrix(np.corrcoef(rng.standard_normal((13, 5))), names, "cosines", tmp_path / "m.png")
     points = {f"source {n}": rng.standard_normal((50, 2)) for n in names[:3]}
-    figures.plot_embeddings(points, rng.integers(0, 12, 50), [str(i) for i in range(12)], {}, tmp_path / "e.png")
+    figures.plot_embeddings(
+        points, rng.integers(0, 12, 50), [str(i) for i in range(12)], {}, "owls", tmp_path / "e.png"
+    )
     rows = {n: [(50.0, 1.0), (90.0, 0.0), (20.0, 0.0)] for n in names}
     figures.plot_scores(["x", "y", "z"], rows, "many rows", tmp_path / "s.png")
     figures.plot_dots(["x", "y", "z"], dict(list(rows.items())[:4]), "few", tmp_path / "d.png")

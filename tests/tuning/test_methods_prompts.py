@@ -19,12 +19,13 @@ from hgprompt.tuning.learner import HEAD, cross_entropies
 from hgprompt.tuning.method import Cost, Setting
 from hgprompt.tuning.methods import CONTROLS, METHODS, attempt, controls, panda, spot
 from hgprompt.tuning.methods.controls import BestSingle, EqualCompute, RandomWeights, WeightLearner
-from hgprompt.tuning.methods.hgprompt import BestSingleByH, HGPrompt, RawHGPrompt
+from hgprompt.tuning.methods.hgprompt import BestSingleByH, HGPrompt, PaperHGPrompt, RawHGPrompt
 from hgprompt.tuning.methods.start import brief_config, early_prompt
 from hgprompt.tuning.streams import stream
 
 PROMPTS = {name: METHODS[name] for name in ("VPT", "SPoT", "ATTEMPT", "PANDA", "HGPrompt")}
 PROMPTS |= {name: control for name, control in CONTROLS.items() if control.kind == "prompt"}
+del PROMPTS["HGPrompt, paper"]  # its start is a thousand steps away, and is held against fast_ensemble below
 TOKENS, SOURCES = 2, 3
 
 
@@ -289,6 +290,18 @@ def test_hgprompt_with_the_papers_lambda(model):
     assert papers == pytest.approx(ours, abs=1e-3)  # both stop at a gap of 1e-6
     assert papers != pytest.approx(HGPrompt(0.5).start(setting, 0).report["weights"], abs=1e-3)
     assert raw.name == "HGPrompt, raw H λ=0.5"
+
+
+def test_hgprompt_to_the_letter(model, monkeypatch):
+    assert PaperHGPrompt.options == {"preset": "paper"}
+    options = {"preset": "paper", "max_steps": 20}  # of a thousand
+    monkeypatch.setattr(PaperHGPrompt, "options", options)
+    setting = _setting(model)
+    start = CONTROLS["HGPrompt, paper"].start(setting, 5)
+    found = fast_ensemble(setting.pool, setting.train.batches(64), backbone=setting.backbone, seed=5, **options)
+    assert torch.equal(start.prompt, found.prompt)
+    assert found.shrinkage_intensity == 0
+    assert start.cost == Cost(forward=24 * 3, backward=24 * 3)
 
 
 def test_random_weights_are_uniform_on_the_simplex(model):

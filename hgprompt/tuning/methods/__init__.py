@@ -12,7 +12,14 @@ from hgprompt.tuning.methods.controls import (
     RandomWeights,
     Uniform,
 )
-from hgprompt.tuning.methods.hgprompt import BestSingleByH, FittedBestSingleByH, FittedHGPrompt, HGPrompt, RawHGPrompt
+from hgprompt.tuning.methods.hgprompt import (
+    BestSingleByH,
+    FittedBestSingleByH,
+    FittedHGPrompt,
+    HGPrompt,
+    PaperHGPrompt,
+    RawHGPrompt,
+)
 from hgprompt.tuning.methods.linear import FittedLinear, Linear
 from hgprompt.tuning.methods.mlp import MLP
 from hgprompt.tuning.methods.panda import PANDA
@@ -33,11 +40,12 @@ METHODS: dict[str, Method] = {
 CONTROLS: dict[str, Method] = {
     m.name: m
     for m in (
-        RawHGPrompt(), Uniform(), RandomWeights(), BestSingle(), BestSingleByH(), EqualCompute(),
+        RawHGPrompt(), PaperHGPrompt(), Uniform(), RandomWeights(), BestSingle(), BestSingleByH(), EqualCompute(),
         CrossEntropyWeights(), FittedHGPrompt(), FittedUniform(), FittedBestSingleByH(), FittedVPT(), FittedLinear(),
     )
 }  # fmt: skip
-"""Eq. 12 with the paper's own λ; those without which no gain can be credited to α; heads that start in closed form."""
+"""Eq. 12 with the paper's own λ, and Algorithm 1 to the letter; those without which no gain can be credited to α;
+heads that start in closed form."""
 
 __all__ = [
     "ATTEMPT",
@@ -59,6 +67,7 @@ __all__ = [
     "FittedVPT",
     "HGPrompt",
     "Linear",
+    "PaperHGPrompt",
     "Partial",
     "RandomWeights",
     "RawHGPrompt",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from hgprompt.ensemble import fast_ensemble
 from hgprompt.errors import OptionError
 from hgprompt.tuning.method import Cost, Setting
@@ -22,7 +24,7 @@ class HGPrompt(StartMethod):
     name = "HGPrompt"
     uses_pool = True
     revision = 2  # of the folds that heads are cross-fitted on, and their temperatures
-    normalize = True
+    options: ClassVar[dict[str, Any]] = {}  # of fast_ensemble, beside those below
 
     def __init__(self, lam: float = 1.0, gradient_images: int | None = _GRADIENT_IMAGES) -> None:
         if not lam >= 0:
@@ -35,7 +37,7 @@ class HGPrompt(StartMethod):
         pool = sources(setting)
         result = fast_ensemble(
             pool, setting.train.batches(_BATCH), backbone=setting.backbone, lam=self.lam, seed=seed,
-            gradient_images=self.gradient_images, normalize=self.normalize,
+            gradient_images=self.gradient_images, **self.options,
         )  # fmt: skip
         report = {
             "weights": dict(zip(result.names, result.weights.tolist(), strict=True)),
@@ -55,7 +57,17 @@ class RawHGPrompt(HGPrompt):
     """With H as it stands in Eq. 12, and not divided by C - 1: λ is the paper's."""
 
     name = "HGPrompt, raw H"
-    normalize = False
+    options: ClassVar[dict[str, Any]] = {"normalize": False}
+
+
+class PaperHGPrompt(HGPrompt):
+    """Algorithm 1 to the letter (`preset="paper"`): H not shrunk either, every image's gradient, projected gradient."""
+
+    name = "HGPrompt, paper"
+    options: ClassVar[dict[str, Any]] = {"preset": "paper"}
+
+    def __init__(self, lam: float = 1.0) -> None:
+        super().__init__(lam, gradient_images=None)
 
 
 class FittedHGPrompt(HGPrompt):
