@@ -120,8 +120,7 @@ def _block(
         else:
             x = x[:, :, :rows]
             q1 = _norm_heads(block.q_norm, _qkv(block, z[:, :, :rows], 0, 1)[..., 0, :, :])
-            k1, v1 = _qkv(block, z, 1, 3).unbind(-3)
-            k1 = _norm_heads(block.k_norm, k1)
+            k1, v1 = _keys_and_values(block, *_qkv(block, z, 1, 3).unbind(-3))
         mixed = ops.segment_attention(q1, k1, v1, block.scale, None, k2, v2)
     return _project_and_mlp(block, x, mixed, ops)
 
@@ -148,7 +147,13 @@ def _qkv(block: PackedBlock, z: Tensor, start: int = 0, stop: int = 3) -> Tensor
 def _separate(block: PackedBlock, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[..., 3, H, D] → queries, keys, values [..., H, D], with their norms if the network has them."""
     q, k, v = qkv.unbind(-3)
-    return _norm_heads(block.q_norm, q), _norm_heads(block.k_norm, k), v
+    return _norm_heads(block.q_norm, q), *_keys_and_values(block, k, v)
+
+
+def _keys_and_values(block: PackedBlock, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys with their norm; values in the same layout, since attention would copy both in every pass if they differed,
+    and once for every prompt where images share them."""
+    return (k, v) if block.k_norm is None else (_norm_heads(block.k_norm, k), v.contiguous())
 
 
 def _normalized(x: Tensor, norm: NormSpec, block: PackedBlock, ops: Operations) -> Tensor:

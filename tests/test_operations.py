@@ -17,6 +17,8 @@ from hgprompt.encoder import encode, pull_back
 from hgprompt.errors import OptionError
 
 pytest.importorskip("triton")
+from hgprompt.kernels import attention
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
 VARIANTS = [
@@ -86,6 +88,24 @@ def test_kernels_with_pytorchs_attention(deep):
     prompts, images = _inputs(vit, deep)
     for a, b in zip(*(_both(vit, prompts, images, impl) for impl in ("sdpa", "reference")), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # float32 rounding over the blocks
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
+def test_attention_reads_what_it_is_given(monkeypatch, options, deep):
+    """Nothing is copied on the way into a kernel, least of all what images or prompts share."""
+    readable, copied = attention._readable, []
+
+    def watched(*tensors):
+        found = readable(*tensors)
+        pairs = zip(tensors, found if len(tensors) > 1 else (found,), strict=True)
+        copied.extend(tuple(x.shape) for x, y in pairs if x is not y)
+        return found
+
+    monkeypatch.setattr(attention, "_readable", watched)
+    vit = FrozenViT.from_timm(literal.tiny_vit(**options), device=DEVICE)
+    _both(vit, *_inputs(vit, deep), "triton")
+    assert copied == []
 
 
 @pytest.mark.parametrize("p", [0, 1])
