@@ -35,7 +35,8 @@ _Pulled = tuple[slice, Tensor, Tensor, Tensor]  # prompts, and their features, l
 
 
 class MicroBatch:
-    """Image–prompt pairs in the network at one time, over many calls: what a GPU had no memory for is not tried again.
+    """Image–prompt pairs in the network at one time, over many calls for one backbone: what was found to suit it stays,
+    and what a GPU had no memory for is not tried again.
 
     Args:
         size: at most; None: sized for the device.
@@ -49,6 +50,7 @@ class MicroBatch:
             raise OptionError(f"micro_batch must be at least 1, got {size}")
         self.size = size
         self._halved: int | None = None
+        self._suitable: dict[tuple[torch.device, int, bool], int] = {}
 
     @classmethod
     def of(cls, micro_batch: int | MicroBatch | None) -> MicroBatch:
@@ -57,13 +59,18 @@ class MicroBatch:
 
     def resolve(self, backbone: FrozenViT, prompts: Tensor, *, backward: bool) -> int:
         """The number for a call: the caller's, or what suits the device and its free memory; or what was left of it."""
-        size = self._suitable(backbone, prompts, backward=backward) if self.size is None else self.size
+        size = self.size
+        if size is None:
+            tokens = backbone.num_image_tokens + prompts.shape[-2]
+            key = backbone.device, tokens, backward
+            if key not in self._suitable:  # once: all sums of a pass are of one size, and the driver is not asked again
+                self._suitable[key] = self._find(backbone, tokens, backward)
+            size = self._suitable[key]
         return size if self._halved is None else min(size, self._halved)
 
     @staticmethod
-    def _suitable(backbone: FrozenViT, prompts: Tensor, *, backward: bool) -> int:
+    def _find(backbone: FrozenViT, tokens: int, backward: bool) -> int:
         at_once = _TOKENS_PER_MICRO_BATCH.get(backbone.device.type, 2048)
-        tokens = backbone.num_image_tokens + prompts.shape[-2]
         if backbone.device.type == "cuda":
             free = _SHARE_OF_FREE_MEMORY * free_gpu_bytes(backbone.device)
             fits = max(1, int(free / bytes_per_token(backbone, tokens, backward=backward)))
