@@ -46,6 +46,12 @@ class Case:
     def uses_tensor_cores(self) -> bool:
         return "PRECISION" in self.constants
 
+    @property
+    def fills_warpgroups(self) -> bool:
+        """Whether sm_90 can take its products four warps at a time, by wgmma: 16 bits, and tiles of 64 rows."""
+        rows = [self.constants[name] for name in ("BLOCK_M", "BLOCK_T") if name in self.constants]
+        return self.uses_tensor_cores and self.dtype in ("bf16", "fp16") and all(n >= 64 for n in rows)
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -59,6 +65,7 @@ class Compiled:
     spilled_bytes: int
     shared_bytes: int
     tensor_core_instructions: int
+    warpgroup_instructions: int
     wide_loads: int
     faults: tuple[str, ...]
 
@@ -90,7 +97,7 @@ def _cases(kernel: str, row: dict[str, int], dtype: str) -> Iterator[Case]:
             if kernel == "attention_backward_keys":
                 both |= {"WHOLE": False}
             yield Case(function, kernel, dtype, both, **launch, float32=("lse", "delta"), scalars=("scale",))
-            if not two_k:  # as few queries as the last block has
+            if not two_q:  # as few queries as the last block has
                 yield Case(
                     function, kernel, dtype, both | {"BLOCK_T": 16}, **launch, float32=("lse", "delta"),
                     scalars=("scale",),
@@ -99,14 +106,15 @@ def _cases(kernel: str, row: dict[str, int], dtype: str) -> Iterator[Case]:
             whole = both | {"WHOLE": True, "BLOCK_S": compiler.next_power_of_2(row["WHOLE_UP_TO"])}
             yield Case(function, kernel, dtype, whole, **launch, float32=("lse", "delta"), scalars=("scale",))
     elif kernel.startswith("normalize"):
-        if dtype != "fp32" and kernel == "normalize":
+        if dtype == "fp16":  # as bfloat16, but for one conversion
             return
         width = row["width"] * 3 // 4
         shape = {"D": width, "BLOCK_D": row["width"], "CENTRE": True}
         if kernel == "normalize":
+            stream = ("x", "total") if dtype == "fp32" else ()  # its normalised rows have 16 bits all the same
             for add in (False, True):
                 yield Case(norm._forward, kernel, "bf16", shape | options | {"ADD": add}, **launch,
-                           float32=("x", "total", "rstd"), scalars=("eps",))  # fmt: skip
+                           float32=(*stream, "rstd"), scalars=("eps",))  # fmt: skip
         else:
             yield Case(norm._backward, kernel, dtype, shape | options | {"ADDED": True, "TWO": True}, **launch,
                        float32=("dtotal", "dx", "rstd"))  # fmt: skip
@@ -196,7 +204,7 @@ def compile_case(case: Case, architecture: str) -> Compiled:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump said nothing of {case.name}: {usage[:500]}")
-    products = len(re.findall(r"\b(?:HGMMA|HMMA|IMMA|QGMMA)\b", code))
+    products = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "HMMA")}
     result = Compiled(
         kernel=case.kernel.__name__.strip("_") if case.name == "activate" else case.name,
         architecture=architecture,
@@ -205,22 +213,25 @@ def compile_case(case: Case, architecture: str) -> Compiled:
         registers=int(found[1]),
         spilled_bytes=int(found[2]),
         shared_bytes=int(built.metadata.shared),
-        tensor_core_instructions=products,
+        tensor_core_instructions=sum(products.values()),
+        warpgroup_instructions=products["HGMMA"],
         wide_loads=len(re.findall(r"\b(?:LDG\.E\.128|LDGSTS\.E\.(?:BYPASS\.)?(?:LTC128B\.)?128)", code)),
         faults=(),
     )
-    return dataclasses.replace(result, faults=faults(result, case.uses_tensor_cores))
+    return dataclasses.replace(result, faults=faults(result, case))
 
 
-def faults(result: Compiled, uses_tensor_cores: bool) -> tuple[str, ...]:
+def faults(result: Compiled, case: Case) -> tuple[str, ...]:
     """What must not ship."""
     found = []
     if result.spilled_bytes:
         found.append(f"spills {result.spilled_bytes} bytes")
     if result.shared_bytes > SHARED_MEMORY[result.architecture]:
         found.append(f"needs {result.shared_bytes} bytes of shared memory")
-    if uses_tensor_cores and not result.tensor_core_instructions:
+    if case.uses_tensor_cores and not result.tensor_core_instructions:
         found.append("has products without tensor-core instructions")
+    elif result.architecture == "sm_90" and case.fills_warpgroups and not result.warpgroup_instructions:
+        found.append("has products of whole tiles without warpgroup instructions")
     return tuple(found)
 
 
@@ -241,7 +252,7 @@ _POINTERS = {
 
 
 def _is_stride(name: str) -> bool:
-    return bool(re.fullmatch(r"(d?[qkv][12]_[mbnt])|b_k|b_n|N|K|count|f_[mb]|D|columns|p_k", name))
+    return bool(re.fullmatch(r"(d?[qkv][12]_[mbnt])|N|K|count|f_[mb]|D|columns|p_k", name))
 
 
 def _describe(case: Case) -> str:

@@ -19,6 +19,7 @@ CASES = {
     "sum": ("assemble", "fp64", "sm_80", {}, {}),
     "128 × 128 scores in 4 warps": ("attention_forward", "bf16", "sm_80", {"BLOCK_T": 128, "BLOCK_S": 128}, {}),
     "eight stages": ("linear", "bf16", "sm_90", {}, {"num_stages": 8}),
+    "two warps": ("attention_forward", "bf16", "sm_90", {}, {"num_warps": 2}),
     "ieee": ("attention_forward", "fp32", "sm_80", {"PRECISION": "ieee"}, {}),
 }
 _PROGRAM = """
@@ -76,6 +77,13 @@ def test_products_without_tensor_cores_are_a_fault(compiled):
     assert any("tensor-core" in fault for fault in compiled["ieee"]["faults"])
 
 
+def test_warps_by_themselves_are_a_fault_on_hopper(compiled):
+    """wgmma takes four warps: with two there are tensor cores, at a part of their rate."""
+    assert compiled["two warps"]["tensor_core_instructions"] > 0
+    assert compiled["two warps"]["warpgroup_instructions"] == 0
+    assert any("warpgroup" in fault for fault in compiled["two warps"]["faults"])
+
+
 def test_the_command_refuses_the_interpreter():
     done = subprocess.run(
         [sys.executable, "-m", "hgprompt.kernels.report"], capture_output=True, text=True,
@@ -90,8 +98,15 @@ def test_every_configuration_is_compiled():
     from hgprompt.kernels import report
 
     for architecture, table in report.configurations().items():
-        named = [c.name for c in report.cases(architecture)]
-        assert set(named) == set(table), architecture
+        compiled = [(c.name, c.num_warps, c.num_stages, c.constants) for c in report.cases(architecture)]
+        for kernel, rows in table.items():
+            for row in rows:
+                tiles = {k: v for k, v in row.items() if k.startswith("BLOCK")}
+                assert any(
+                    (name, warps, stages) == (kernel, row["num_warps"], row["num_stages"])
+                    and tiles.items() <= constants.items()
+                    for name, warps, stages, constants in compiled
+                ), (architecture, kernel, row)  # fmt: skip
 
 
 def test_every_launch_on_this_machine_has_a_row():
