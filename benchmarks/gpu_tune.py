@@ -12,6 +12,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
@@ -145,7 +146,9 @@ def main() -> None:
     work = [(name, options) for name in CANDIDATES if name in shipped for options in candidates(name)]
     if not REHEARSE:
         workers = max(1, min(14, (os.cpu_count() or 1) - 1))
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+        # A candidate may take the compiler down, and the pool with it: the rest is compiled as it is timed.
+        with pool, contextlib.suppress(BrokenProcessPool):
             list(pool.map(build, *zip(*work, strict=True)))
     of = calls(IMAGES)
     for name, options in work:

@@ -224,6 +224,24 @@ def test_a_replayed_graph_gives_the_same(deep):
     assert torch.equal(captured, expected)
 
 
+@pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
+@pytest.mark.parametrize("keep", ["features", "moments"])
+def test_the_stream_never_waits_for_the_device(deep, keep):
+    """Features, their statistics and gradients, after a first batch, which compiles and finds the micro-batch."""
+    vit = FrozenViT.from_timm(literal.named_vit("vit_small_patch16_224", img_size=64, depth=4), dtype=torch.bfloat16)
+    vit = vit.to("cuda")
+    prompts, images = (x.to("cuda", torch.bfloat16) for x in _inputs(deep))
+    labels, size = torch.arange(len(images)) % 2, MicroBatch()
+    statistics = EnsembleStatistics(keep=keep)
+    try:
+        for mode in ("default", "error"):
+            torch.cuda.set_sync_debug_mode(mode)
+            statistics.update(encode(vit, prompts, images, micro_batch=size), labels)
+            pull_back(vit, prompts, images, lambda f, m, b: f.square().sum((1, 2)), micro_batch=size)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_encode_moves_what_it_is_given():
     vit = FrozenViT.from_timm(literal.tiny_vit(), device="cuda")
     out = encode(vit, torch.zeros(1, 2, 16), torch.zeros(2, 3, 16, 16))
