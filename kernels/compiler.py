@@ -68,13 +68,17 @@ def configurations() -> dict[str, dict[str, list[dict[str, int]]]]:
     return found
 
 
+FUSION = {"enable_fp_fusion": True}
+"""Products and sums as one rounding: said, so that another default of Triton's does not change the numbers."""
+
+
 def launch_options(kernel: str, x: Tensor, width: int) -> dict[str, int]:
     """Tile sizes and Triton's options for a kernel on x's device and dtype.
 
     The first row of the kernel's table with x's bits and a `width` of at least the one asked for; what `width` means is
     the kernel's. One good row per case, no tuning at run time: a first call compiles once per case.
     """
-    return dict(_row(kernel, architecture(x.device), 8 * x.element_size(), width))
+    return _row(kernel, architecture(x.device), 8 * x.element_size(), width) | FUSION
 
 
 @functools.cache

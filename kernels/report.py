@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,7 +199,7 @@ def compile_case(case: Case, architecture: str) -> Compiled:
         i for i, n in enumerate(names) if signature[n].startswith("*") or (signature[n] == "i32" and _is_stride(n))
     ]
     source = ASTSource(case.kernel, signature, case.constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages} | compiler.FUSION
     built = triton.compile(source, target=GPUTarget("cuda", ARCHITECTURES[architecture], 32), options=options)
     usage, code = _read(built.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
@@ -287,6 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     if compiler.interpreted():
         print("TRITON_INTERPRET=1 is set: nothing would be compiled")
         return 1
+    began = time.perf_counter()
     results = [
         compile_case(case, architecture)
         for architecture in arguments.architecture or ARCHITECTURES
@@ -300,7 +302,8 @@ def main(argv: list[str] | None = None) -> int:
     for result in bad:
         what = f"{result.kernel} {result.architecture} {result.dtype} {result.constants}"
         print(f"FAULT {what}: {', '.join(result.faults)}")
-    print(f"{len(results)} kernels compiled with Triton {triton.__version__}, {len(bad)} at fault")
+    seconds = time.perf_counter() - began
+    print(f"{len(results)} kernels compiled with Triton {triton.__version__} in {seconds:.0f} s, {len(bad)} at fault")
     return 1 if bad else 0
 
 
