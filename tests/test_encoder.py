@@ -168,13 +168,14 @@ def test_no_prompt_tokens_is_the_plain_network():
 def test_bfloat16_is_as_good_as_timm():
     model = literal.named_vit("vit_small_patch16_224", img_size=64, depth=4)
     prompts, images = _inputs(m=2, p=7, dtype=torch.float32, width=384, size=64)
+    vit = FrozenViT.from_timm(model, dtype=torch.bfloat16)  # of float32's weights, as timm's are rounded from them
     with torch.no_grad():
         exact = literal.features(model.double(), prompts.double(), images.double())
         low = literal.features(model.bfloat16(), prompts.bfloat16(), images.bfloat16()).double()
-        ours = encode(FrozenViT.from_timm(model.double(), dtype=torch.bfloat16), prompts, images)
+        ours = encode(vit, prompts, images)
     assert ours.dtype == torch.bfloat16
-    # By rule: at most 1.5 times the error that timm itself makes in bfloat16 (roundings fall differently).
-    assert (ours.double() - exact).norm() <= 1.5 * (low - exact).norm()
+    # The residual stream is float32 here: 0.86 to 0.97 times timm's error in twelve draws of weights and images.
+    assert (ours.double() - exact).norm() <= (low - exact).norm()
 
 
 def test_autocast_and_grad_mode_of_the_caller():
