@@ -108,6 +108,23 @@ def test_attention_reads_what_it_is_given(monkeypatch, options, deep):
     assert copied == []
 
 
+def test_another_attention_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    monkeypatch.delitem(sys.modules, "xformers.ops", raising=False)
+    vit = FrozenViT.from_timm(literal.tiny_vit(), device=DEVICE)
+    with pytest.raises(OptionError, match=r"pip install 'hgprompt\[xformers\]'"):
+        encode(vit, *_inputs(vit, False), impl="xformers")
+
+
+def test_autocast_of_the_caller_changes_nothing():
+    vit = FrozenViT.from_timm(literal.tiny_vit(), device=DEVICE)
+    prompts, images = _inputs(vit, False)
+    expected = _both(vit, prompts, images, "triton")
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = _both(vit, prompts, images, "triton")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("p", [0, 1])
 def test_few_prompt_tokens(p):
     vit = FrozenViT.from_timm(literal.tiny_vit(), device=DEVICE)
