@@ -10,6 +10,7 @@ same command goes on with the next that is not there. It is for one thread: with
 differ in their last bits, and a tuning that was begun is refused.
 
 --untuned is of the fitted heads before any tuning alone, and of the starts that need no gradients: forward passes only.
+--no-prompt is of such a head on the network's own features, without any prompt: what all starts are to be held against.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--untuned", action="store_true", help="fitted heads as they are, without gradients; own OUT")
+    parser.add_argument("--no-prompt", action="store_true", help="fitted heads without a prompt; own OUT")
     parser.add_argument("--to", type=Path, help="gather all that OUT holds into one file of results")
     parser.add_argument("--device", default="", help="what it ran on, in words")
     args = parser.parse_args()
@@ -62,11 +64,12 @@ def main() -> None:
         for task in args.tasks:
             done = make_directory(args.out) / f"{task}-{seed}.json"
             if not done.exists():
-                record = (
-                    measure_untuned(vit, args.suite / task, seed)
-                    if args.untuned
-                    else measure(vit, args.suite / task, seed, args.out)
-                )
+                if args.no_prompt:
+                    record = measure_plain(vit, args.suite / task, seed)
+                elif args.untuned:
+                    record = measure_untuned(vit, args.suite / task, seed)
+                else:
+                    record = measure(vit, args.suite / task, seed, args.out)
                 write_text(done, json.dumps(jsonable(record), allow_nan=False) + "\n")
                 print(task, seed, {k: round(v, 3) for k, v in record["accuracy"].items()}, flush=True)
     if args.to:
@@ -87,7 +90,7 @@ def print_table(runs: list[dict]) -> None:
     print("| start |", " | ".join(tasks), "| mean | over uniform |")
     for name, found in by_task.items():
         head = name.partition(",")[1] + name.partition(",")[2]
-        gains = [a - b for a, b in zip(found, by_task[f"uniform{head}"], strict=True)]
+        gains = [a - b for a, b in zip(found, by_task.get(f"uniform{head}", found), strict=True)]
         error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
         cells = " | ".join(f"{value:.1f}" for value in (*found, mean(found)))
         print(f"| {name} | {cells} | {mean(gains):+.1f} ± {error:.1f} |")
@@ -140,6 +143,17 @@ def measure_untuned(vit: FrozenViT, folder: Path, seed: int) -> dict:
         "accuracy": untuned(vit, starts, before, images, tested),
         "weights": dict(zip(pool, weights.tolist(), strict=True)), "source_h_scores": problem.source_h_scores.tolist(),
         "dtype": str(vit.dtype), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def measure_plain(vit: FrozenViT, folder: Path, seed: int) -> dict:
+    """One task and seed: accuracy of a fitted head on the features under no prompt."""
+    _, images, tested = read(vit, folder, seed)
+    starts = {"no prompt": torch.zeros(0, vit.width)}
+    before = features_under(vit, torch.stack(list(starts.values())), images)
+    return {
+        "task": folder.name, "seed": seed, "images": len(images), "test_images": len(tested),
+        "accuracy": untuned(vit, starts, before, images, tested), "dtype": str(vit.dtype), "torch": torch.__version__,
     }  # fmt: skip
 
 
