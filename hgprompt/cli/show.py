@@ -40,8 +40,8 @@ def print_starts(tune: Sequence[str], mixture: Path, best_single: str) -> None:
     """
     typer.echo(
         f"tune from the mixture:\n  {shlex.join([*tune, '--start', str(mixture), '-o', str(mixture / 'tuned')])}\n"
-        "with few images or epochs, from the prompt of the highest H under a fitted head, the start that led on real "
-        "tasks:\n"
+        "with few images or epochs, from the prompt of the highest H under a fitted head, of all starts from a pool "
+        "the best on real tasks:\n"
         f"  {shlex.join([*tune, '--start', best_single, '--head', 'fitted', '-o', str(mixture / 'tuned-best-single')])}"
     )
 
