@@ -1,7 +1,6 @@
 r"""The tables of docs/results.md from the committed files of results.
 
-    python benchmarks/paper_tables.py paper-2026-11:suite paper-trained-2026-11:suite paper-single-2026-11:suite \
-        paper-folds-2026-11:suite
+    python benchmarks/paper_tables.py paper-2026-11:suite paper-trained-2026-11:suite paper-float32-2026-11:suite
     python benchmarks/paper_tables.py paper-procedural-2026-11:procedural paper-trained-2026-11:procedural \
         paper-single-2026-11:procedural
 
