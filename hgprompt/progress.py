@@ -152,7 +152,7 @@ class _Lines:
             return
         self._last = now
         said = []
-        for stage in stages:
+        for stage in [s for s in stages if s.total is None or s.done < s.total] or stages[-1:]:
             left = stage.seconds_left(now)
             of = "" if stage.total is None else f" of {stage.total}"
             said.append(f"{stage.name}: {stage.done}{of}" + ("" if left is None else f" ({_clock(left)} left)"))

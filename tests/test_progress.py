@@ -66,8 +66,8 @@ def test_what_is_not_finished_stays_beside_what_lies_in_it(clock, capsys):
         clock.now += 30
         report("testing", 1, 4)
     assert capsys.readouterr().err.splitlines() == [
-        "cells: 0 of 3; steps: 10 of 10; 0:00:40 so far",
-        "cells: 1 of 3 (0:01:00 left); steps: 10 of 10; 0:01:20 so far",
+        "cells: 0 of 3; 0:00:40 so far",
+        "cells: 1 of 3 (0:01:00 left); 0:01:20 so far",
         "cells: 2 of 3 (0:01:10 left); testing: 1 of 4 (0:01:30 left); 0:01:50 so far",
     ]
 
