@@ -109,7 +109,7 @@ class _Bars:
         from rich.progress import Progress as Bars
 
         columns = (
-            TextColumn("{task.description:>9}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description:>9}", markup=False), BarColumn(16), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left {task.fields[left]}", markup=False), TextColumn("{task.fields[note]}", markup=False),
         )  # fmt: skip
         self._bars: Any = Bars(*columns, console=console, transient=True)
