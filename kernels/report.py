@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -289,11 +293,9 @@ def main(argv: list[str] | None = None) -> int:
         print("TRITON_INTERPRET=1 is set: nothing would be compiled")
         return 1
     began = time.perf_counter()
-    results = [
-        compile_case(case, architecture)
-        for architecture in arguments.architecture or ARCHITECTURES
-        for case in cases(architecture)
-    ]
+    places = [(a, i) for a in arguments.architecture or ARCHITECTURES for i, _ in enumerate(cases(a))]
+    with ProcessPoolExecutor(min(8, len(os.sched_getaffinity(0))), multiprocessing.get_context("spawn")) as pool:
+        results = list(pool.map(_compile_one, places, chunksize=4))
     print(table(results))
     if arguments.json is not None:
         record = {"triton": triton.__version__, "kernels": [dataclasses.asdict(r) for r in results]}
@@ -305,6 +307,12 @@ def main(argv: list[str] | None = None) -> int:
     seconds = time.perf_counter() - began
     print(f"{len(results)} kernels compiled with Triton {triton.__version__} in {seconds:.0f} s, {len(bad)} at fault")
     return 1 if bad else 0
+
+
+def _compile_one(place: tuple[str, int]) -> Compiled:
+    """One case by its place, in a process of its own: kernels cannot be sent there."""
+    architecture, number = place
+    return compile_case(next(itertools.islice(cases(architecture), number, None)), architecture)
 
 
 def table(results: list[Compiled]) -> str:
