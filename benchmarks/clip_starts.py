@@ -90,10 +90,12 @@ def print_table(runs: list[dict]) -> None:
     print("| start |", " | ".join(tasks), "| mean | over uniform |")
     for name, found in by_task.items():
         head = name.partition(",")[1] + name.partition(",")[2]
-        gains = [a - b for a, b in zip(found, by_task.get(f"uniform{head}", found), strict=True)]
-        error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
-        cells = " | ".join(f"{value:.1f}" for value in (*found, mean(found)))
-        print(f"| {name} | {cells} | {mean(gains):+.1f} ± {error:.1f} |")
+        cells, over = " | ".join(f"{value:.1f}" for value in (*found, mean(found))), ""
+        if f"uniform{head}" in by_task:
+            gains = [a - b for a, b in zip(found, by_task[f"uniform{head}"], strict=True)]
+            error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+            over = f"{mean(gains):+.1f} ± {error:.1f}"
+        print(f"| {name} | {cells} | {over} |")
 
 
 def read(vit: FrozenViT, folder: Path, seed: int) -> tuple[PromptPool, LabelledImages, LabelledImages]:

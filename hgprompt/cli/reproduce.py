@@ -153,7 +153,7 @@ def reproduce(
     lab = Lab(vit, model, suite, plan, out, pool=known, sources=tuned)
     request = make_request(wanted, lab, targets, method_names(methods or ""))
     cells, store = wanted.cells(lab, request), Store(out)
-    prepare = lab.source_cells() if uses_pool(request, lab) else []
+    prepare = lab.source_cells() if uses_pool(request.methods) else []
     if dry_run:
         _print_plan(wanted, lab, store, prepare, cells, as_json)
         return

@@ -162,8 +162,7 @@ def _write_table(
     if len(lab.plan.seeds) > 1:
         below += f" Mean ± standard deviation (n - 1) of {len(lab.plan.seeds)} seeds."
     remarks = [*remarks, *_at_the_edge(lab, methods, request, records), *_diverged(lab, request, records)]
-    pool = _use_pool(methods, lab)
-    return _write_text(lab, name, table.markdown(), table.csv(), [below, *remarks], pool=pool)
+    return _write_text(lab, name, table.markdown(), table.csv(), [below, *remarks], pool=uses_pool(methods))
 
 
 def _digits(p: Any) -> str:
@@ -372,13 +371,9 @@ EXPERIMENTS = {
 }  # fmt: skip
 
 
-def uses_pool(request: Request, lab: Lab) -> bool:
-    """Whether any source prompt is needed."""
-    return not request.methods or _use_pool(request.methods, lab)
-
-
-def _use_pool(methods: Sequence[str], lab: Lab) -> bool:
-    return any(method_of(method, lab.plan.lam).uses_pool for method in methods)
+def uses_pool(methods: Sequence[str]) -> bool:
+    """Whether any source prompt is needed; of an experiment that has no choice of methods, always."""
+    return not methods or any(method_of(method).uses_pool for method in methods)
 
 
 def make_request(experiment: Experiment, lab: Lab, targets: Sequence[str], methods: Sequence[str] = ()) -> Request:

@@ -67,7 +67,8 @@ class PaperHGPrompt(HGPrompt):
     options: ClassVar[dict[str, Any]] = {"preset": "paper"}
 
     def __init__(self, lam: float = 1.0) -> None:
-        super().__init__(lam, gradient_images=None)
+        super().__init__(lam)
+        self.gradient_images = None  # also at λ = 0: the preset takes them whatever λ is
 
 
 class FittedHGPrompt(HGPrompt):
