@@ -73,7 +73,7 @@ class Learner(ABC):
         logits = self.logits(inputs, step=step)
         losses, correct = cross_entropies(logits, labels)
         (losses.sum() / logits.shape[1]).backward()
-        return losses.detach().double().cpu(), correct.double().cpu()
+        return on_host(losses, correct)
 
     @property
     def num_parameters(self) -> int:
@@ -87,6 +87,12 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     labels = labels.to(logits.device).expand(runs, images)
     each = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return each.view(runs, images).sum(1), (logits.detach().argmax(2) == labels).sum(1)
+
+
+def on_host(losses: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses [R] and correct answers [R] as float64 on the CPU, in one copy: on a GPU, each copy is a wait."""
+    both = torch.stack([losses.detach().double(), correct.double()]).cpu()
+    return both[0], both[1]
 
 
 def linear_head(width: int, num_classes: int, seed: int, device: torch.device) -> dict[str, Tensor]:

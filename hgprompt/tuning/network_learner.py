@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from hgprompt.backbone import FrozenViT
 from hgprompt.tuning.config import TuneConfig
-from hgprompt.tuning.learner import HEAD, Learner, cross_entropies, linear_head
+from hgprompt.tuning.learner import HEAD, Learner, cross_entropies, linear_head, on_host
 from hgprompt.tuning.method import Setting
 from hgprompt.tuning.streams import stream
 
@@ -64,14 +64,14 @@ class NetworkLearner(Learner):
 
     def backward(self, inputs: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
         runs = zip(self._of_each_run(inputs), labels.expand(len(self.parameters), -1), strict=True)
-        totals = []
+        losses, right = [], []
         for run, (each, answers) in enumerate(runs):
             # One run after the other: the activations of all of them at once would not fit.
             loss, correct = cross_entropies(self._logits(run, each)[None], answers)
             (loss.sum() / len(each)).backward()
-            totals.append(torch.cat([loss.detach().double(), correct.double()]).cpu())
-        losses, right = torch.stack(totals, dim=1)
-        return losses, right
+            losses.append(loss.detach())
+            right.append(correct)
+        return on_host(torch.cat(losses), torch.cat(right))
 
     def _logits(self, run: int, inputs: Tensor) -> Tensor:
         own = self.parameters[run]

@@ -17,7 +17,15 @@ from hgprompt.progress import Reporter
 from hgprompt.tuning import trainer
 from hgprompt.tuning.config import TuneConfig
 from hgprompt.tuning.head import HEAD_STARTS, HeadStart
-from hgprompt.tuning.learner import HEAD, Learner, cross_entropies, fit_linear_heads, linear_head, linear_logits
+from hgprompt.tuning.learner import (
+    HEAD,
+    Learner,
+    cross_entropies,
+    fit_linear_heads,
+    linear_head,
+    linear_logits,
+    on_host,
+)
 from hgprompt.tuning.result import TuneResult
 from hgprompt.tuning.streams import stream, uniform
 
@@ -166,7 +174,7 @@ def pull_back_runs(
     if penalty is not None:
         losses = losses + penalty(logits, slice(0, runs), slice(0, count))
     (losses.sum() / count).backward()
-    return losses.detach().double().cpu(), correct.double().cpu(), gradient / count
+    return *on_host(losses, correct), gradient / count
 
 
 def tune(

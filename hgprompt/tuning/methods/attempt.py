@@ -18,7 +18,7 @@ from torch.nn.functional import layer_norm, silu
 from hgprompt.backbone import FrozenViT
 from hgprompt.encoder import MicroBatch, encode, pull_back
 from hgprompt.tuning.config import TuneConfig
-from hgprompt.tuning.learner import HEAD, Learner, cross_entropies, linear_head, linear_logits
+from hgprompt.tuning.learner import HEAD, Learner, cross_entropies, linear_head, linear_logits, on_host
 from hgprompt.tuning.method import Method, Prepared, Setting
 from hgprompt.tuning.methods.start import prompt_size, sources
 from hgprompt.tuning.streams import stream, uniform_within
@@ -71,7 +71,7 @@ class AttemptLearner(Learner):
         losses, correct = cross_entropies(linear_logits(features.view(runs, images, -1), self.parameters), labels)
         (losses.sum() / images).backward()
         prompts.backward(gradient.view_as(prompts).to(prompts.dtype) / images)
-        return losses.detach().double().cpu(), correct.double().cpu()
+        return on_host(losses, correct)
 
     def pooled(self, images: Tensor) -> Tensor:
         """x̂ [B, d] or [R, B, d], float32."""
