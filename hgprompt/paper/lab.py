@@ -21,6 +21,7 @@ from hgprompt.pool import PromptPool
 from hgprompt.progress import Reporter
 from hgprompt.tuning import TuneConfig, random_prompt, tune
 from hgprompt.tuning.method import Setting
+from hgprompt.tuning.methods.vpt import DEEP_DROPOUT
 from hgprompt.tuning.protocol import GRIDS
 
 RECIPE = 3
@@ -226,7 +227,7 @@ class Lab:
     def config(self) -> TuneConfig:
         """Of all tuning on targets; rates, decay and seed are the protocol's business. Dropout is VPT's."""
         plan = self.plan
-        return TuneConfig(epochs=plan.epochs, batch_size=plan.batch_size, prompt_dropout=0.1 if plan.deep else 0.0)
+        return TuneConfig(epochs=plan.epochs, batch_size=plan.batch_size, prompt_dropout=DEEP_DROPOUT * plan.deep)
 
     def _source_config(self) -> TuneConfig:
         return TuneConfig(

@@ -23,7 +23,7 @@ from hgprompt.tuning.methods.hgprompt import BestSingleByH, HGPrompt, PaperHGPro
 from hgprompt.tuning.methods.start import brief_config, early_prompt
 from hgprompt.tuning.streams import stream
 
-PROMPTS = {name: METHODS[name] for name in ("VPT", "SPoT", "ATTEMPT", "PANDA", "HGPrompt")}
+PROMPTS = {name: METHODS[name] for name in ("VPT", "VPT-deep", "SPoT", "ATTEMPT", "PANDA", "HGPrompt")}
 PROMPTS |= {name: control for name, control in CONTROLS.items() if control.kind == "prompt"}
 del PROMPTS["HGPrompt, paper"]  # its start is a thousand steps away, and is held against fast_ensemble below
 TOKENS, SOURCES = 2, 3
@@ -80,11 +80,25 @@ def test_learns_what_its_formula_counts(model, name, deep):
 
 
 def test_parameters_by_hand(model):
-    for deep, prompt in ((False, 2 * 16), (True, 3 * 2 * 16)):
+    for deep in (False, True):
         setting = _setting(model, deep=deep)
         for name, method in PROMPTS.items():
+            prompt = (3 if deep or name == "VPT-deep" else 1) * 2 * 16
             attention = 16 * 100 + 100 * 16 + 16 + 16 if name == "ATTEMPT" else 0
             assert method.num_parameters(setting) == prompt + attention
+
+
+def test_vpt_deep_is_vpt_in_a_deep_setting_with_its_dropout(model):
+    dropped = [dataclasses.replace(CONFIG, epochs=2, prompt_dropout=0.1)]
+    trained = []
+    for deep, name, configs in ((False, "VPT-deep", [dataclasses.replace(CONFIG, epochs=2)]), (True, "VPT", dropped)):
+        setting = _setting(model, deep=deep)
+        prepared = METHODS[name].prepare(setting, configs)
+        assert [config.prompt_dropout for config in prepared.configs or configs] == [0.1]
+        train(prepared.learner, prepared.configs or configs, setting.train)
+        trained.append(prepared.learner.parameters[0]["prompt"])
+    assert trained[0].shape == (3, TOKENS, 16)
+    assert torch.equal(*trained)  # the same work in the same order
 
 
 # SPoT -----------------------------------------------------------------------------------------------------------------

@@ -26,16 +26,16 @@ from hgprompt.tuning.methods.panda import PANDA
 from hgprompt.tuning.methods.partial import Partial
 from hgprompt.tuning.methods.sidetune import SideTune
 from hgprompt.tuning.methods.spot import SPoT
-from hgprompt.tuning.methods.vpt import VPT, FittedVPT
+from hgprompt.tuning.methods.vpt import VPT, DeepVPT, FittedVPT
 
 METHODS: dict[str, Method] = {
     m.name: m
     for m in (
-        Linear(), Partial(1), MLP(2), MLP(3), MLP(5), MLP(9), Adapter(), SideTune(), Bias(), VPT(), SPoT(), ATTEMPT(),
-        PANDA(), HGPrompt(),
+        Linear(), Partial(1), MLP(2), MLP(3), MLP(5), MLP(9), Adapter(), SideTune(), Bias(), VPT(), DeepVPT(), SPoT(),
+        ATTEMPT(), PANDA(), HGPrompt(),
     )
 }  # fmt: skip
-"""Table 1, in its order, by name."""
+"""Table 1, in its order, by name; VPT deep as well, which the paper does not print."""
 
 CONTROLS: dict[str, Method] = {
     m.name: m
@@ -59,6 +59,7 @@ __all__ = [
     "BestSingleByH",
     "Bias",
     "CrossEntropyWeights",
+    "DeepVPT",
     "EqualCompute",
     "FittedBestSingleByH",
     "FittedHGPrompt",
