@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hgprompt.arguments import check_place
 from hgprompt.errors import BackboneError, DataError
+from hgprompt.kernels.compiler import copied
 from hgprompt.packing import PackedBlock, overrides, refuse
 from hgprompt.pool import BackboneInfo
 
@@ -72,6 +73,7 @@ class FrozenViT(nn.Module):
         self.mean: tuple[float, ...] = tuple(config.get("mean") or (0.5,) * self.in_channels)
         self.std: tuple[float, ...] = tuple(config.get("std") or (0.5,) * self.in_channels)
         self._normalizers: dict[Any, Tensor] = {}
+        self._micro_batch: Any = None  # of forward: what suits the device is found once
         # Block by block into the compute dtype: the whole network in float64 would be the peak of a program's memory.
         dtype = dtype or source.patch_embed.proj.weight.dtype
         self._blocks = nn.ModuleList(PackedBlock(b, f"blocks.{i}").to(dtype=dtype) for i, b in enumerate(source.blocks))
@@ -214,7 +216,7 @@ class FrozenViT(nn.Module):
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images on this device in the compute dtype; uint8 images normalised with `mean` and `std`."""
-        images = images.to(self.device)
+        images = copied(images, self.device)
         if images.dtype == torch.uint8:
             # float32 at least: 1/255 steps are lost in bfloat16 before the mean is taken off.
             precise = torch.promote_types(self.dtype, torch.float32)
@@ -249,10 +251,11 @@ class FrozenViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features [B, h] without prompts: timm's `forward_head(forward_features(images), pre_logits=True)`."""
-        from hgprompt.encoder import encode
+        from hgprompt.encoder import MicroBatch, encode
 
+        self._micro_batch = self._micro_batch or MicroBatch()
         empty = torch.empty(1, 0, self.width, dtype=self.dtype, device=self.device)
-        return encode(self, empty, images)[0]
+        return encode(self, empty, images, micro_batch=self._micro_batch)[0]
 
 
 def fingerprint(model: nn.Module) -> str:

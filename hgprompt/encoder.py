@@ -50,7 +50,7 @@ class MicroBatch:
             raise OptionError(f"micro_batch must be at least 1, got {size}")
         self.size = size
         self._halved: int | None = None
-        self._suitable: dict[tuple[torch.device, int, bool], int] = {}
+        self._suitable: dict[tuple[torch.device, torch.dtype, int, bool], int] = {}
 
     @classmethod
     def of(cls, micro_batch: int | MicroBatch | None) -> MicroBatch:
@@ -62,16 +62,22 @@ class MicroBatch:
         size = self.size
         if size is None:
             tokens = backbone.num_image_tokens + prompts.shape[-2]
-            key = backbone.device, tokens, backward
-            if key not in self._suitable:  # once: all sums of a pass are of one size, and the driver is not asked again
-                self._suitable[key] = self._find(backbone, tokens, backward)
-            size = self._suitable[key]
+            key = backbone.device, backbone.dtype, tokens, backward
+            if key in self._suitable:
+                size = self._suitable[key]
+            else:
+                size = self._find(backbone, tokens, backward)
+                if not torch.compiler.is_compiling():
+                    # Once: all sums of a pass are of one size, and the driver is not asked again.
+                    self._suitable[key] = size
         return size if self._halved is None else min(size, self._halved)
 
     @staticmethod
     def _find(backbone: FrozenViT, tokens: int, backward: bool) -> int:
         at_once = _TOKENS_PER_MICRO_BATCH.get(backbone.device.type, 2048)
-        if backbone.device.type == "cuda":
+        if (
+            backbone.device.type == "cuda" and not torch.compiler.is_compiling()
+        ):  # the driver cannot be asked in a graph
             free = _SHARE_OF_FREE_MEMORY * free_gpu_bytes(backbone.device)
             fits = max(1, int(free / bytes_per_token(backbone, tokens, backward=backward)))
             # A power of two: a little more or less free memory than the last time gives the same sums.
@@ -110,7 +116,8 @@ def encode(
         micro_batch: image–prompt pairs that are in the network at one time; None: sized for the device. Memory
             grows with it and not with M or B. Where gradients are needed and M·B is larger, each micro-batch is
             computed again in the backward pass. Where a GPU's memory runs out on the way forward, it is halved and the
-            call goes on; on the way back it cannot be, for the graph is the caller's by then: `pull_back` can.
+            call goes on; on the way back it cannot be, for the graph is the caller's by then: `pull_back` can. Under
+            torch.compile nothing asks what is free: where a GPU's memory is short, give a number.
         impl: "auto" picks what suits the device; "reference" is plain PyTorch, "triton" this project's kernels (a GPU
             from sm_80 on), "sdpa" and "xformers" the kernels with another attention.
 
@@ -118,7 +125,8 @@ def encode(
         [M, B, h], in the backbone's dtype, whatever autocast state the caller is in.
 
     Raises:
-        PromptError, DataError: shapes or dtypes do not fit the backbone. DeviceMemoryError: one pair does not fit.
+        PromptError, DataError: shapes or dtypes do not fit the backbone. BackboneError: it is not a FrozenViT.
+        OptionError: a micro_batch below 1, or an impl that cannot run here. DeviceMemoryError: one pair does not fit.
     """
     check_prompts(backbone, prompts)
     num_images = _check_images(backbone, images, len(prompts))
@@ -169,8 +177,8 @@ def pull_back(
         features [M, B, h] in the backbone's dtype, losses [M] and gradients (shape of prompts) in at least float32.
 
     Raises:
-        PromptError, DataError: as for `encode`. OptionError: a loss without a gradient in the prompts.
-        DeviceMemoryError: one pair does not fit.
+        PromptError, DataError, BackboneError, DeviceMemoryError: as for `encode`. OptionError: as there, or a loss
+        without a gradient in the prompts.
     """
     check_prompts(backbone, prompts)
     num_images = _check_images(backbone, images, len(prompts))
@@ -217,7 +225,10 @@ class MultiPromptEncoder(nn.Module):
     Args:
         backbone: held as buffers outside the state dict: `.to()` moves it, optimisers do not see it.
         prompts: optional [M, p, d] or [M, L, p, d]; a trainable parameter `prompts` is made of a copy.
-        micro_batch, impl: as for `encode`.
+        micro_batch, impl: as for `encode`; what suits the device is found with the first batch.
+
+    Raises:
+        BackboneError, PromptError, OptionError: as for `encode`; of prompts and micro_batch, when it is made.
     """
 
     prompts: nn.Parameter | None
@@ -227,12 +238,12 @@ class MultiPromptEncoder(nn.Module):
         backbone: FrozenViT,
         prompts: Tensor | None = None,
         *,
-        micro_batch: int | None = None,
+        micro_batch: int | MicroBatch | None = None,
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.micro_batch = micro_batch
+        self.micro_batch = MicroBatch.of(micro_batch)
         self.impl: Impl = impl
         if prompts is None:
             self.register_parameter("prompts", None)
@@ -331,7 +342,8 @@ def _embedded(
     def embed(chosen: Tensor) -> network.ImageTokens:
         with torch.no_grad():
             # A copy: images made inside inference mode take no part in a graph.
-            chosen = chosen.clone() if chosen.is_inference() else chosen
+            if not torch.compiler.is_compiling() and chosen.is_inference():
+                chosen = chosen.clone()
             return network.embed(backbone, backbone.prepare(chosen), ops)
 
     if images.ndim == 4:

@@ -13,7 +13,7 @@ from rule import assert_by_rule
 
 from hgprompt import network, operations
 from hgprompt.backbone import FrozenViT
-from hgprompt.encoder import encode, pull_back
+from hgprompt.encoder import MicroBatch, MultiPromptEncoder, encode, pull_back
 from hgprompt.errors import OptionError
 
 pytest.importorskip("triton")
@@ -131,6 +131,35 @@ def test_few_prompt_tokens(p):
     prompts, images = _inputs(vit, False, p=p)
     a, b = (encode(vit, prompts, images.float(), impl=impl) for impl in ("triton", "reference"))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_finds_its_micro_batch_once(monkeypatch):
+    vit, asked = FrozenViT.from_timm(literal.tiny_vit(), device=DEVICE), []
+    monkeypatch.setattr(MicroBatch, "_find", staticmethod(lambda *_, **__: asked.append(None) or 8))
+    prompts, images = _inputs(vit, False)
+    for module in (MultiPromptEncoder(vit, prompts), vit):
+        asked.clear()
+        with torch.no_grad():
+            for _ in range(3):
+                module(images)
+        assert len(asked) == 1
+    with pytest.raises(OptionError, match="micro_batch"):
+        MultiPromptEncoder(vit, prompts, micro_batch=0)
+
+
+@pytest.mark.parametrize("micro_batch", [4, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_the_encoder_is_one_graph_for_the_compiler(micro_batch, dtype):
+    vit = FrozenViT.from_timm(literal.tiny_vit(), device=DEVICE)
+    prompts, images = _inputs(vit, False)
+    encoder = MultiPromptEncoder(vit, prompts, micro_batch=micro_batch)
+    images = images.to(DEVICE, dtype)
+    found = torch.compile(encoder, fullgraph=True, backend="aot_eager")(images)
+    expected = encoder(images)
+    slopes = [torch.autograd.grad(f.square().sum(), encoder.prompts)[0] for f in (found, expected)]
+    # Both in float32; the compiler takes some operations apart, which moves the last digits.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-4)
 
 
 def test_one_graph_for_the_compiler():
