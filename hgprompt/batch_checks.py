@@ -15,12 +15,12 @@ class FiniteCheck:
     """Are features finite? On a CPU the answer comes at once; on a GPU, two batches later, so that the host never waits
     for the batch that is being computed.
 
-    Args:
+    Attributes:
         numbers: of the prompts, for the message; None: 0 … M - 1.
     """
 
-    def __init__(self, numbers: Sequence[int] | None = None) -> None:
-        self.numbers = numbers
+    def __init__(self) -> None:
+        self.numbers: Sequence[int] | None = None
         self._pending: deque[tuple[torch.cuda.Event, Tensor, int]] = deque()
 
     def check(self, features: Tensor, position: int) -> None:

@@ -217,9 +217,9 @@ class Moments:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Moments:
-        """The inverse of `state_dict`; copies."""
-        sums = state["sums"]
-        if sums.ndim != 2 or sum(state["class_counts"].values()) != state["count"]:
+        """The inverse of `state_dict`; copies. StatisticsError: it contradicts itself."""
+        sums, counts = state["sums"], state["class_counts"]
+        if sums.ndim != 2 or sum(counts.values()) != state["count"] or min(counts.values(), default=1) < 1:
             raise StatisticsError("state contradicts itself: class counts do not add up to the number of images")
         moments = cls(*sums.shape)
         moments.count = int(state["count"])
@@ -230,10 +230,18 @@ class Moments:
         moments.class_sums = {label: total.clone() for label, total in state["class_sums"].items()}
         m, h = sums.shape
         expected = [(h, m - i, h) for i in range(m)] if moments.rows or moments.count else []
-        if [tuple(row.shape) for row in moments.rows] != expected or any(
-            label < 0 or total.shape != sums.shape for label, total in moments.class_sums.items()
+        means = [sums, *moments.class_sums.values(), *([] if moments.centre is None else [moments.centre])]
+        others = [moments.third, moments.fourth]
+        if (
+            [tuple(row.shape) for row in moments.rows] != expected
+            or any(tensor.shape != sums.shape for tensor in means)
+            or [tuple(tensor.shape) for tensor in others] != [(h,), ()]
+            or (moments.centre is None and moments.count)
+            or any(tensor.dtype != torch.float64 for tensor in (*means, *others, *moments.rows))
+            or counts.keys() != moments.class_sums.keys()
+            or min(counts, default=0) < 0
         ):
-            raise StatisticsError(f"state contradicts itself: second moments or class sums not of (M, h) = {(m, h)}")
+            raise StatisticsError(f"state contradicts itself: its sums are not float64 of (M, h) = {(m, h)} by class")
         return moments
 
     def _allocate(self, device: torch.device) -> None:

@@ -137,16 +137,18 @@ class EnsembleStatistics:
             labels: [B], integers, at least 0.
 
         Raises:
-            StatisticsError: the shape differs from that of earlier batches, or neither representation has room.
+            StatisticsError: shape or dtype differ from those of earlier batches, or neither representation has room.
             DataError: labels that are no class indices, or features that are not finite.
         """
         if not is_floating(features, 3) or not features.shape[0] or not features.shape[2]:
             raise StatisticsError(f"features must be floating point [M, B, h], got {kind_of(features)}")
         labels = check_labels(labels, features.shape[1])
         shape = features.shape[0], features.shape[2]
-        dtype = features.dtype if self._shape is None else self._dtype
-        if self._shape not in (None, shape):
-            raise StatisticsError(f"features are of (M, h) = {shape}, earlier batches were of {self._shape}")
+        dtype = features.dtype
+        if self._shape is not None and (self._shape, self._dtype) != (shape, dtype):
+            raise StatisticsError(
+                f"features are of (M, h) = {shape} in {dtype}, earlier batches were of {self._shape} in {self._dtype}"
+            )
         batch = features.shape[1]
         new = set(labels.unique().tolist()) - self._classes
         num_classes = len(self._classes) + len(new)
@@ -194,7 +196,7 @@ class EnsembleStatistics:
         """Take in what another pass over other images has gathered; `other` stays as it is.
 
         Raises:
-            StatisticsError: other prompts, feature widths or folds, or no room; nothing is changed then.
+            StatisticsError: other prompts, feature widths, dtypes or folds, or no room; nothing is changed then.
         """
         if not isinstance(other, EnsembleStatistics):
             raise StatisticsError(f"only EnsembleStatistics can be merged, got {type(other).__name__}")
@@ -202,15 +204,19 @@ class EnsembleStatistics:
         other._finite.finish()
         if other._shape is None:
             return
-        if self._shape not in (None, other._shape) or self.folds != other.folds:
+        kinds = {(one._shape, one._dtype) for one in (self, other) if one._shape is not None}
+        if len(kinds) > 1 or self.folds != other.folds:
             raise StatisticsError(
-                f"cannot merge statistics of (M, h, folds) = {(*other._shape, other.folds)} "
-                f"into {(*(self._shape or ('-', '-')), self.folds)}"
+                f"cannot merge statistics of (M, h) = {other._shape} in {other._dtype} and {other.folds} folds into "
+                f"those of {self._shape or ('-', '-')} in {self._dtype if self._shape else '-'} and {self.folds}"
             )
-        dtype = other._dtype if self._shape is None else self._dtype
         num_images, classes = self._num_images + other._num_images, self._classes | other._classes
-        chosen = self._representation(other._shape, dtype, num_images, len(classes), self._device)
-        self._shape, self._dtype, self._num_images, self._classes = other._shape, dtype, num_images, classes
+        chosen = self._room.fitting(
+            other._shape, other._dtype, num_images, len(classes),
+            device=(other if self._shape is None else self)._device, held=lambda: self.nbytes,
+            keep="moments" if "moments" in (self.keeps, other.keeps) else self.keep,
+        )[0]  # fmt: skip
+        self._shape, self._dtype, self._num_images, self._classes = other._shape, other._dtype, num_images, classes
         if self._moments is None and other._moments is None:
             self._features.batches += other._features.batches
             if chosen == "moments":
@@ -404,12 +410,9 @@ class EnsembleStatistics:
         """Kept features [M, N, h] in their dtype and labels [N], optionally without one fold.
 
         Raises:
-            StatisticsError: only moments are kept.
+            StatisticsError: only moments are kept, or there are no images yet.
         """
-        if self._moments is not None:
-            raise StatisticsError("features are no longer kept: moments took their place (keep='features' keeps them)")
-        self._require_shape()
-        features, labels, fold_of = self._features.joined()
+        features, labels, fold_of = self._kept()
         if without_fold is not None:
             chosen = fold_of != without_fold
             features, labels = features[:, chosen.to(features.device)], labels[chosen]
@@ -417,9 +420,8 @@ class EnsembleStatistics:
 
     @property
     def fold_of(self) -> Tensor:
-        """Fold of each image of `features_and_labels` [N]."""
-        self._require_shape()
-        return self._features.joined()[2]
+        """Fold of each image of `features_and_labels` [N]; its errors, too."""
+        return self._kept()[2]
 
     def moments(self, without_fold: int | None = None) -> Moments:
         """Moments of all images, optionally without one fold (a new object, whatever is kept)."""
@@ -440,8 +442,15 @@ class EnsembleStatistics:
         if self._moments is not None:
             return [m.of_mixture(weights) for m in self._moments]
         if weights is None:
-            return self._fold_moments(lambda f: f.double().mean(0, keepdim=True))
+            m = self.num_prompts
+            weights = torch.full((m,), 1 / m, dtype=torch.float64, device="cpu")
         return self._fold_moments(lambda f: mixed(f, weights)[None])
+
+    def _kept(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._moments is not None:
+            raise StatisticsError("features are no longer kept: moments took their place (keep='features' keeps them)")
+        self._require_shape()
+        return self._features.joined()
 
     def _fold_moments(self, select: Callable[[Tensor], Tensor]) -> list[Moments]:
         self._features.joined()

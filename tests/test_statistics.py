@@ -43,6 +43,12 @@ def _literal(features, labels, weights, intensity):
     return literal.h_score(mixed, labels.numpy(), intensity)
 
 
+def _shifted(counts):
+    """The same sum, with a class that has fewer images than none."""
+    first, second, *_ = counts
+    return counts | {first: -1, second: counts[second] + counts[first] + 1}
+
+
 WEIGHTS = torch.tensor([0.5, 0.1, 0.4], dtype=torch.float64)
 
 
@@ -177,7 +183,12 @@ def test_moments_of_one_prompt_and_of_the_mixture():
         (torch.zeros(3, 4, 5), torch.zeros(3, dtype=torch.int64), DataError, r"\[4\]"),
         (torch.zeros(3, 4, 5), torch.full((4,), -1), DataError, "-1"),
         (torch.zeros(3, 4, 5), [0, 1, 0, 1], DataError, "list"),
-        (torch.full((3, 4, 5), torch.nan), torch.zeros(4, dtype=torch.int64), DataError, "not finite"),
+        (
+            torch.full((3, 4, 5), torch.nan, dtype=torch.float64),
+            torch.zeros(4, dtype=torch.int64),
+            DataError,
+            "not finite",
+        ),
         (torch.zeros(2, 4, 5), torch.zeros(4, dtype=torch.int64), StatisticsError, "earlier batches"),
     ],
 )
@@ -218,6 +229,24 @@ def test_a_merge_that_has_no_room_changes_nothing():
     with pytest.raises(StatisticsError):
         empty.merge(full)
     assert empty.state_dict() == EnsembleStatistics().state_dict()
+    # What the other keeps is what will be kept: moments, which are larger here.
+    room = 3 * 120 * M * 80 * 8
+    features = _stream(*_data(h=80), [60], keep="features", max_bytes=room)
+    with pytest.raises(StatisticsError, match="can be had"):
+        features.merge(_stream(*_data(h=80, seed=1), [60], keep="moments"))
+    assert features.keeps == "features"
+    assert features.num_images == 60
+
+
+def test_one_stream_has_one_dtype():
+    """Else a state would hold features that no state may hold."""
+    features, labels = _data(dtype=torch.bfloat16)
+    statistics = _stream(features, labels, [60])
+    with pytest.raises(StatisticsError, match=r"float32, earlier batches .*bfloat16"):
+        statistics.update(features.float(), labels)
+    with pytest.raises(StatisticsError, match=r"cannot merge .*float32"):
+        statistics.merge(_stream(features.float(), labels, [60]))
+    assert statistics.num_images == 60
 
 
 @pytest.mark.parametrize(
@@ -227,8 +256,14 @@ def test_a_merge_that_has_no_room_changes_nothing():
         ("moments", lambda s: s["moments"][0].update(rows=s["moments"][0]["rows"][:1])),
         ("moments", lambda s: s["moments"][0].update(class_sums={-1: torch.zeros_like(s["moments"][0]["sums"])})),
         ("features", lambda s: s.update(dtype="float16")),
+        ("moments", lambda s: s["moments"][0].update(rows=[row.float() for row in s["moments"][0]["rows"]])),
+        ("moments", lambda s: s["moments"][0].update(centre=s["moments"][0]["centre"][:, :2])),
+        ("moments", lambda s: s["moments"][0].update(centre=None)),
+        ("moments", lambda s: s["moments"][0].update(third=torch.zeros(2, dtype=torch.float64))),
+        ("moments", lambda s: s["moments"][0]["class_sums"].popitem()),
+        ("moments", lambda s: s["moments"][0].update(class_counts=_shifted(s["moments"][0]["class_counts"]))),
     ],
-    ids=["shape", "rows", "negative label", "dtype"],
+    ids=["shape", "rows", "negative label", "dtype", "float32 rows", "centre", "no centre", "third", "class", "counts"],
 )
 def test_states_that_contradict_themselves(keep, change):
     state = copy.deepcopy(_stream(*_data(), [60], keep=keep).state_dict())
@@ -252,8 +287,11 @@ def test_empty_statistics_and_bad_options():
         EnsembleStatistics(keep="both")
     with pytest.raises(StatisticsError, match="cannot merge"):
         _stream(*_data(), [60]).merge(_stream(*_data(m=2), [60]))
+    of_moments = _stream(*_data(), [60], keep="moments")
     with pytest.raises(StatisticsError, match="no longer kept"):
-        _stream(*_data(), [60], keep="moments").features_and_labels()
+        of_moments.features_and_labels()
+    with pytest.raises(StatisticsError, match="no longer kept"):
+        _ = of_moments.fold_of
     with pytest.raises(OptionError, match="weights"):
         _stream(*_data(), [60]).h_score(torch.ones(2))
 
