@@ -371,10 +371,11 @@ def mixed_noise(noise: Tensor, weights: Tensor, spread: Tensor | None = None) ->
 
 
 def square(f: Tensor) -> Tensor:
-    """fᵀf [h, h] of f [N, h]. It is symmetric, so little more than half of the product is computed: the left half of
-    the columns, the right half, and between them one block that stands on both sides."""
+    """fᵀf [h, h] of f [N, h]. It is symmetric, so on a CPU little more than half of the product is computed: the left
+    half of the columns, the right half, and between them one block that stands on both sides. On a GPU so small a
+    product is bound by its launches, and is one."""
     half = f.shape[1] // 2
-    if half < 96:
+    if half < 96 or f.is_cuda:
         return f.T @ f
     left, right = f[:, :half], f[:, half:]
     off = left.T @ right

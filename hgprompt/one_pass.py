@@ -17,6 +17,7 @@ from hgprompt.encoder import Impl, MicroBatch, encode, pull_back
 from hgprompt.errors import DataError
 from hgprompt.inputs import images_in, num_batches, read, same_batches
 from hgprompt.kernels.compiler import copied
+from hgprompt.moments import mixed
 from hgprompt.objective import h_score
 from hgprompt.progress import Reporter
 from hgprompt.sample import ImageSample
@@ -154,17 +155,17 @@ class Pass:
                     self._add_gradients(k, images, labels, heads[k].loss)
                 report("gradients", k + 1, self.folds)
 
-    def mixing_gap(self, weights: Tensor, mixed: Tensor, intensity: float) -> tuple[float, float]:
-        """H of the mixed features and of the mixed prompt's features, both on the gradient sample."""
+    def mixing_gap(self, weights: Tensor, prompt: Tensor, intensity: float) -> tuple[float, float]:
+        """H of the mixed features and of the mixed `prompt`'s features, both on the gradient sample."""
         if not self.by_prompts:
             self.sample.share(self.ranks)  # of all images read, also where gradients were taken of fewer
         with self.ranks.together("judging the mixed prompt"):
             images, labels, features = self.sample.all()
             blend = under_mixture = torch.zeros(0, self.vit.width, dtype=torch.float64, device="cpu")
             if len(images):
-                blend = torch.tensordot(weights.to(features.device), features.double(), dims=1)
+                blend = mixed(features, weights)
                 with torch.no_grad():
-                    under_mixture = encode(self.vit, mixed[None], images, **self.options)[0].double()
+                    under_mixture = encode(self.vit, prompt[None], images, **self.options)[0].double()
         if not self.by_prompts:
             labels, blend, under_mixture = (torch.cat(self.ranks.gather(t)) for t in (labels, blend, under_mixture))
         if len(labels.unique()) < 2:

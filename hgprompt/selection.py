@@ -35,6 +35,7 @@ from hgprompt.greedy import (
     ranking_by_h_score,
 )
 from hgprompt.inputs import Prompts, digest, gpu_of, images_in, num_batches, read, resolve, same_batches
+from hgprompt.kernels.compiler import copied
 from hgprompt.objective import HScore, Shrinkage, check_shrinkage
 from hgprompt.one_pass import READING
 from hgprompt.pool import PromptPool
@@ -252,13 +253,13 @@ def select_prompts(
                     mine = seen[slices(len(seen), ranks.world)[ranks.rank]]
                     features = torch.zeros(0, len(images), vit.width, dtype=vit.dtype, device=vit.device)
                     if len(mine):
-                        features = encode(vit, stack[mine.to(vit.device)], images, micro_batch=pairs, impl=impl)
+                        features = encode(vit, stack[copied(mine, vit.device)], images, micro_batch=pairs, impl=impl)
                 features = torch.cat(ranks.gather(features))
                 with ranks.together(READING):
                     if ranks.first and (halving is None or full_evaluation):
                         everything.update(features, labels)
                     if halving is not None:
-                        halving.update(features[survivors.to(vit.device)] if full_evaluation else features, labels)
+                        halving.update(features[copied(survivors, vit.device)] if full_evaluation else features, labels)
                 report("images", position, total)
         report("selection", 0, None)
         chosen: dict[str, Any] | None = None

@@ -159,25 +159,25 @@ def _bisected(below: Callable[[Tensor], Tensor], low: float, like: Tensor) -> Te
 def held_out_logits(
     heads: Sequence[LinearHeads], features: Sequence[Tensor], labels: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Logits [M, n, C] of all folds' images over the classes of any fold, and targets [n].
+    """Logits [M, n, C] of all folds' images over the classes of any fold, float64 where the heads are, and targets [n].
 
     Args:
         heads: of every fold.
         features: [M, n_k, h] of images of fold k, which head k has not seen. labels: [n_k].
     """
-    classes = torch.cat([head.classes for head in heads]).unique()
+    classes, device = torch.cat([head.classes for head in heads]).unique(), heads[0].weight.device
     parts, targets = [], []
     for head, f, y in zip(heads, features, labels, strict=True):
         if len(y) == 0:
             continue
-        logits = torch.full((len(f), len(y), len(classes)), -torch.inf, dtype=torch.float64, device="cpu")
+        logits = torch.full((len(f), len(y), len(classes)), -torch.inf, dtype=torch.float64, device=device)
         places = torch.searchsorted(classes, head.classes)
-        logits[:, :, places] = head.logits(f, slice(None)).double().cpu()
+        logits[:, :, copied(places, device)] = head.logits(f, slice(None)).double()
         target = head.targets(y)
         parts.append(logits)
         targets.append(torch.where(target >= 0, places[target.clamp_min(0)], -100))
     if not parts:
-        none = torch.zeros(len(heads[0].weight), 0, len(classes), dtype=torch.float32, device="cpu")
+        none = torch.zeros(len(heads[0].weight), 0, len(classes), dtype=torch.float64, device=device)
         return none, torch.zeros(0, dtype=torch.int64, device="cpu")
     return torch.cat(parts, dim=1), torch.cat(targets)
 
