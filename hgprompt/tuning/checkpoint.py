@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from hgprompt.data.images import LabelledImages
-from hgprompt.errors import FileFormatError, OptionError
+from hgprompt.errors import FileFormatError, OptionError, OutputError, warn
 from hgprompt.files import differences, digest_of_tensors, read_safetensors, write_safetensors
 from hgprompt.strict_json import is_number
 
@@ -28,11 +28,17 @@ class Checkpoint:
     def __init__(self, path: str | Path, run: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.run = json.loads(json.dumps(run))
+        self._warned = False
 
     def write(self, tensors: Mapping[str, Tensor], history: Sequence[Mapping[str, Any]]) -> None:
-        """Replace the file. OutputError: it cannot be written; what was there before stays."""
+        """Replace the file. Where it cannot be written, what was there before stays, and a warning is given once."""
         metadata = {"format": _FORMAT, "version": _VERSION, "run": self.run, "history": list(history)}
-        write_safetensors(self.path, tensors, metadata)
+        try:
+            write_safetensors(self.path, tensors, metadata)
+        except OutputError as error:
+            if not self._warned:
+                warn(f"no checkpoint could be written, the training goes on: {error}")
+            self._warned = True
 
     def read(self, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """Tensors and history; none where there is no file yet.

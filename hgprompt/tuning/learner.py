@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from hgprompt.kernels.compiler import copied
 from hgprompt.tuning.head import HeadStart, fitted_head
 from hgprompt.tuning.streams import stream, uniform_within
 
@@ -84,7 +85,7 @@ class Learner(ABC):
 def cross_entropies(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropies [R], summed over images, and correct answers [R], of logits [R, B, C], labels [B] or [R, B]."""
     runs, images, _ = logits.shape
-    labels = labels.to(logits.device).expand(runs, images)
+    labels = copied(labels, logits.device).expand(runs, images)
     each = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return each.view(runs, images).sum(1), (logits.detach().argmax(2) == labels).sum(1)
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hgprompt.arguments import kind_of
 from hgprompt.backbone import FrozenViT
 from hgprompt.encoder import Impl, MicroBatch, check_prompts, encode, pull_back
 from hgprompt.errors import OptionError, PromptError
+from hgprompt.kernels.compiler import copied
 from hgprompt.pool import PromptPool
 from hgprompt.progress import Reporter
 from hgprompt.tuning import trainer
@@ -128,13 +130,13 @@ class PromptLearner(Learner):
         """Dropout's factors [R, ...] of the prompts in a step, or None."""
         if step is None or not any(config.prompt_dropout for config in self.configs):
             return None
-        factors = []
-        for config, of_run in zip(self.configs, self.parameters, strict=True):
+        shape, factors = self.parameters[0]["prompt"].shape, {}
+        runs = [(config.seed, config.prompt_dropout) for config in self.configs]
+        for seed, share in set(runs):  # runs of a grid have both in common
             # A generator of the step alone: a resumed run draws what the undisturbed one drew.
-            generator = stream(config.seed, "prompt dropout", step)
-            kept = uniform(generator, *of_run["prompt"].shape) >= config.prompt_dropout
-            factors.append(kept.to(torch.float32) / (1 - config.prompt_dropout))
-        return torch.stack(factors).to(self.backbone.device)
+            kept = uniform(stream(seed, "prompt dropout", step), *shape) >= share
+            factors[seed, share] = copied(kept, self.backbone.device).float() / (1 - share)
+        return torch.stack([factors[run] for run in runs])
 
 
 def pull_back_runs(
@@ -159,7 +161,7 @@ def pull_back_runs(
         losses [R], summed over images, correct answers [R] (float64, CPU), and gradients of the mean loss, as prompts.
     """
     runs, count = len(prompts), images.shape[-4]
-    labels = labels.to(backbone.device).expand(runs, count)
+    labels = copied(labels, backbone.device).expand(runs, count)
     heads = [{name: value.detach() for name, value in p.items() if name.startswith(HEAD)} for p in parameters]
 
     def loss(features: Tensor, runs: slice, images: slice) -> Tensor:
@@ -216,6 +218,7 @@ def tune(
     Raises:
         PromptError, DataError, OptionError: starts, images or options that cannot be used. DataError also where the
         loss stops being finite. FileFormatError, OptionError: a checkpoint that is damaged, or of another run.
+        OutputError: there can be no file at its place.
     """
     config = config or TuneConfig()
     if head not in HEAD_STARTS:
@@ -250,6 +253,7 @@ def identity_of(backbone: FrozenViT) -> dict[str, object]:
     return {
         "backbone": backbone.fingerprint,
         "image_size": list(backbone.image_size),
+        "normalisation": [list(backbone.mean), list(backbone.std)],
         "dtype": str(backbone.dtype).removeprefix("torch."),
     }
 
@@ -290,6 +294,11 @@ def _class_names(train: trainer.Images, test: trainer.Images | None, num_classes
 def _checked(backbone: FrozenViT, starts: Mapping[str, Tensor]) -> list[Tensor]:
     if not isinstance(starts, Mapping) or not starts:
         raise PromptError("starts must be {name: prompt} with at least one prompt: random_prompt makes one")
+    for name, prompt in starts.items():
+        if not isinstance(prompt, Tensor) or not prompt.is_floating_point():
+            raise PromptError(
+                f"start {name!r} must be a floating point tensor [p, d] or [L, p, d], got {kind_of(prompt)}"
+            )
     shapes = {name: list(prompt.shape) for name, prompt in starts.items()}
     if len({tuple(shape) for shape in shapes.values()}) > 1:
         raise PromptError(f"starts must have one shape, got {shapes}")

@@ -21,7 +21,8 @@ from torch import Tensor
 from hgprompt.data.folders import ImageDataset
 from hgprompt.data.images import LabelledImages
 from hgprompt.errors import DataError, OptionError
-from hgprompt.files import digest_of_tensors
+from hgprompt.files import digest_of_tensors, make_directory
+from hgprompt.kernels.compiler import copied
 from hgprompt.progress import Progress, Reporter
 from hgprompt.tuning.checkpoint import Checkpoint, digest_of_images
 from hgprompt.tuning.config import TuneConfig
@@ -86,7 +87,9 @@ def train(
             the others go on.
         names: of the runs: in messages, and in the checkpoint's identity.
         checkpoint: a file that is written after every epoch, whole or not at all. Where it is there already, training
-            continues from it and ends with the same bits as an undisturbed one.
+            continues from it and ends with the same bits as an undisturbed one (on a GPU only with learners of prompts
+            or heads: PyTorch's gradients for weights of a network are summed in any order there). A disk that is full
+            costs a checkpoint, with a warning, and not the training.
         identity: what else makes two trainings one and the same (backbone, method), JSON-able: only then may one
             continue the other's checkpoint. Images, configs and starting parameters count anyway.
         starts_identified: the identity says all that the starting parameters depend on. They need not be the same bits
@@ -96,7 +99,8 @@ def train(
 
     Raises:
         DataError, OptionError: images or configs that cannot be used. DataError with `strict`, see there.
-        FileFormatError, OptionError: a checkpoint that is damaged, or of another training.
+        FileFormatError, OptionError: a checkpoint that is damaged, or of another training. OutputError: there can be no
+        file at its place.
     """
     runs = _Runs(learner, configs)
     names = tuple(names) if names is not None else tuple(f"run {r + 1}" for r in range(len(configs)))
@@ -119,6 +123,7 @@ def train(
         }
         if learner.head != "random":
             described["head"] = learner.head
+        make_directory(Path(checkpoint).parent)  # now, and not after the first epoch
         store = Checkpoint(checkpoint, described)
         history = _load(store, runs)
     steps_per_epoch = -(-len(train) // config.batch_size)
@@ -177,16 +182,15 @@ def accuracy(
     report: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Accuracy [R] in 0 … 1 of a learner's runs; float64 on the CPU. report(done, total): after every batch."""
-    correct = torch.zeros(len(learner.parameters), dtype=torch.float64, device="cpu")
-    done = 0
+    done, correct = 0, torch.zeros((), dtype=torch.int64, device="cpu")
     with torch.no_grad():
         for batch, labels in _batches(images, torch.arange(len(images), device="cpu"), batch_size, workers):
             logits = learner.logits(learner.prepare(batch))
-            correct += (logits.argmax(2) == labels.to(logits.device)).sum(1).cpu()
+            correct = correct + (logits.argmax(2) == copied(labels, logits.device)).sum(1)  # nothing waits for it
             done += len(labels)
             if report is not None:
                 report(done, len(images))
-    return correct / len(images)
+    return correct.double().cpu() / len(images)
 
 
 class _Runs:

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Subset
 
 from hgprompt import BackboneError, DataError, FrozenViT, OptionError, PromptError, PromptPool
 from hgprompt.data import ImageDataset, LabelledImages, load_task, open_images
-from hgprompt.errors import FileFormatError
-from hgprompt.tuning import TuneConfig, TuneResult, evaluate, random_prompt, tune
+from hgprompt.errors import FileFormatError, OutputError
+from hgprompt.tuning import TuneConfig, TuneResult, checkpoint, evaluate, random_prompt, tune
 from hgprompt.tuning.config import TuneConfig as Config
 from hgprompt.tuning.prompts import PromptLearner
 from hgprompt.tuning.trainer import train
@@ -180,9 +180,31 @@ def test_a_checkpoint_of_another_run_is_refused(vit, images, tmp_path):
         with pytest.raises(OptionError, match=f"another run.*{change}"):
             tune(vit, starts, data, config=config, checkpoint=path)
     assert path.read_bytes() == before
+    other = FrozenViT.from_timm(literal.tiny_vit().double()).set_preprocessing(std=(5.0, 5.0, 5.0))
+    with pytest.raises(OptionError, match=r"another run.*normalisation"):
+        tune(other, _starts(vit), images, config=CONFIG, checkpoint=path)
     path.write_bytes(before[: len(before) // 2])
     with pytest.raises(FileFormatError):
         tune(vit, _starts(vit), images, config=CONFIG, checkpoint=path)
+
+
+def test_a_place_for_checkpoints_is_tried_at_once_and_a_full_disk_costs_no_training(vit, images, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        tune(vit, _starts(vit), images, config=CONFIG, checkpoint=tmp_path / "file" / "run.safetensors", progress=_fail)
+
+    def full(*_, **__):
+        raise OutputError("no space")
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", full)
+    with pytest.warns(UserWarning, match="the training goes on: no space") as warned:
+        found = tune(vit, _starts(vit), images, config=CONFIG, checkpoint=tmp_path / "new" / "run.safetensors")
+    assert len(warned) == 1
+    assert len(found.history) == CONFIG.epochs
+
+
+def _fail(*_):
+    raise AssertionError("training has begun")
 
 
 def test_refuses_what_cannot_be_tuned(vit, images):
@@ -190,6 +212,8 @@ def test_refuses_what_cannot_be_tuned(vit, images):
     for arguments, error, message in (
         (({}, images), PromptError, "at least one"),
         (({"a": torch.zeros(3, 7)}, images), PromptError, "7 wide"),
+        (({"a": [[0.0] * 16]}, images), PromptError, "floating point.*got list"),
+        (({"a": torch.zeros(3, 16, dtype=torch.int64)}, images), PromptError, "floating point.*int64"),
         (({"a": torch.zeros(3, 16), "b": torch.zeros(2, 16)}, images), PromptError, "one shape"),
         ((_starts(vit), images.subset(torch.arange(0))), DataError, "no images"),
         ((_starts(vit), one_class), OptionError, "at least 2 classes"),

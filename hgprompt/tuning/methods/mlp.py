@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hgprompt.backbone import FrozenViT
 from hgprompt.errors import OptionError
+from hgprompt.kernels.compiler import copied
 from hgprompt.tuning.config import TuneConfig
 from hgprompt.tuning.method import Method, Prepared, Setting
 from hgprompt.tuning.methods.linear import LinearLearner
@@ -77,11 +78,11 @@ class MLPLearner(LinearLearner):
 
     def _masks(self, images: int, step: int) -> Tensor:
         """Dropout's factors [R, layers, B, h], from a run's seed and the step alone: a resumed run draws the same."""
-        masks = []
-        for seed in self.seeds:
-            source = stream(seed, "dropout", step)
-            masks.append(uniform(source, self.hidden, images, self.width) >= DROPOUT)
-        return torch.stack(masks).to(self.backbone.device, torch.float32) / (1 - DROPOUT)
+        kept = {}
+        for seed in set(self.seeds):  # runs of a grid share one: it is drawn, and copied to the device, once
+            drawn = uniform(stream(seed, "dropout", step), self.hidden, images, self.width)
+            kept[seed] = copied(drawn >= DROPOUT, self.backbone.device)
+        return torch.stack([kept[seed] for seed in self.seeds]).float() / (1 - DROPOUT)
 
     def _start(self, config: TuneConfig) -> dict[str, Tensor]:
         source, width = generator(config), self.width

@@ -59,6 +59,8 @@ class Partial(Method):
     kind = "fine-tune"
 
     def __init__(self, k: int = 1) -> None:
+        if k < 1:
+            raise OptionError(f"PARTIAL-k trains the last k blocks, k ≥ 1, got {k}")
         self.k = k
         self.name = f"PARTIAL-{k}"
 
