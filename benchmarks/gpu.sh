@@ -8,10 +8,10 @@
 # --rehearse: tiny shapes on a CPU with Triton's interpreter, to find the typos; every part has five times as long.
 # Needs torch, triton, timm (with safetensors, which it brings) and pytest (pytest-xdist is used where it is there), and the
 # repository's tree; nothing is installed.
-# Without .git, set COMMIT. Logs are packed into OUT/gpu-logs.tar.gz at the end.
+# Without .git, set COMMIT. Logs are packed into OUT/gpu-logs.tar.gz at the end, named after the PARTs where some are given.
 set -u
+out=$(realpath -m "${1:?usage: benchmarks/gpu.sh OUT [--rehearse] [PART ...]}")
 cd "$(dirname "$0")/.."
-out=${1:?usage: benchmarks/gpu.sh OUT [--rehearse] [PART ...]}
 shift
 rehearse=
 if [ "${1:-}" = --rehearse ]; then
@@ -20,6 +20,7 @@ if [ "${1:-}" = --rehearse ]; then
   shift
 fi
 slower=${rehearse:+5}
+logs=gpu-logs$(printf -- "${1:+-%s}" "$@").tar.gz
 wanted=" ${*:-tests profile encode kernels paper tune compiled statistics} "
 mkdir -p "$out"
 export PYTHONPATH=. PYTHONUNBUFFERED=1
@@ -51,4 +52,4 @@ part paper 90 python3 benchmarks/gpu_paper.py "$out/gpu-paper.json" $rehearse
 part tune 90 python3 benchmarks/gpu_tune.py "$out/gpu-tune.json" $rehearse
 part compiled 240 python3 benchmarks/gpu_encode.py "$out/gpu-encode-compiled.json" --compiled $rehearse
 part statistics 90 python3 benchmarks/gpu_statistics.py "$out/gpu-statistics.json" $rehearse
-(cd "$out" && tar -czf gpu-logs.tar.gz gpu-*.log && rm -f gpu-*.log) 2>/dev/null
+(cd "$out" && tar -czf "$logs" gpu-*.log && rm -f gpu-*.log) 2>/dev/null

@@ -86,7 +86,9 @@ def fast_ensemble(
             Eq. 5 to the letter.
         device, dtype: of the computation; None: the backbone's own (for a name: a GPU if there is one, float32).
         seed: of the gradient sample and the solver's starts. Same input, seed and device: the same bits; on a GPU with
-            the same micro_batch, which follows its free memory, in powers of two, where none is given.
+            the same micro_batch, which follows its free memory, in powers of two, where none is given, and in 16 bits
+            with impl="triton" (PyTorch's own attention adds up gradients in any order there, unless it is told to be
+            deterministic).
         progress: True for a bar on stderr, or a callable (stage, done, total or None).
         process_group: a torch.distributed group (gloo or NCCL) that shares the work: every rank of it calls this with
             the same prompts, backbone and options, and returns the same bits (docs/scaling.md). None: this process

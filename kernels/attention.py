@@ -27,6 +27,9 @@ from hgprompt.kernels.operators import Operator
 # Keys up to which a CPU writes the scores to memory in bfloat16: they still fit its caches.
 _MATERIALIZE_UP_TO = 1024
 _LOG2_E = 1.4426950408889634
+ONE_PROGRAM = {"WHOLE_UP_TO": 256, "BLOCK_T": 16, "num_warps": 8, "num_stages": 1}
+"""Of a row of the configurations on sm_90: dQ, dK and dV of a sequence's head come from one program. No row has it
+until it is measured."""
 
 # What plain PyTorch computes ------------------------------------------------------------------------------------------
 
@@ -45,7 +48,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     # PyTorch's fused attention on a CPU does not reach the bfloat16 matrix units; two batched products do. On a GPU its
-    # backward pass adds up in any order in float32.
+    # backward pass adds up in any order: in float32 not here, in 16 bits only where the caller asks PyTorch for
+    # deterministic algorithms.
     on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= _MATERIALIZE_UP_TO
     if on_cpu or (q.is_cuda and q.dtype == torch.float32):
         out = torch.matmul(torch.matmul(q * scale, k.transpose(-1, -2)).softmax(-1), v)
@@ -294,6 +298,10 @@ class _Problem:
 
     def __init__(self, first: Sequence[Tensor], second: Sequence[Tensor | None]) -> None:
         q1, k1, v1 = first
+        if not supported(q1.shape[4], q1.dtype):
+            raise ValueError(
+                f"these kernels take heads of at most 128 numbers in rows of 16 bytes, got {q1.shape[4]} {q1.dtype}"
+            )
         q2, k2, v2 = (x if x is not None and x.shape[2] else None for x in second)
         self.m, self.b, self.t1, self.heads, self.width = q1.shape
         self.s1 = k1.shape[2]
@@ -516,7 +524,7 @@ def segment_attention(
     """softmax(scale · q kᵀ) v, where queries, keys and values are two segments side by side (Triton).
 
     Args:
-        q1, k1, v1: first segment, [M, B, T1, H, D] and twice [M, B, S1, H, D]; float16, bfloat16 or float32.
+        q1, k1, v1: first segment, [M, B, T1, H, D] and twice [M, B, S1, H, D], of a D and dtype that are `supported`.
         scale: factor on the scores.
         q2, k2, v2: second segment, with T2 and S2 rows; None or no rows: there is none. Tensors that are expanded along
             M or B are read where they lie.
@@ -531,6 +539,10 @@ def segment_attention(
 
 def packed_attention(qkv: Tensor, scale: float, k2: Tensor | None = None, v2: Tensor | None = None) -> Tensor:
     """`segment_attention` of one segment as the QKV projection leaves it, [M, B, T, 3, H, D], whose gradient is packed
-    in the same way; optionally with further keys and values [M, B, S2, H, D] (deep prompts)."""
+    in the same way; optionally with further keys and values [M, B, S2, H, D] (deep prompts).
+
+    Raises:
+        ValueError: heads or a dtype that are not `supported`, here and in `segment_attention`.
+    """
     out: Tensor = _packed_op(qkv, k2, v2, scale)[0]
     return out

@@ -76,12 +76,20 @@ class Compiled:
 
 
 def cases(architecture: str) -> Iterator[Case]:
-    """Everything that ships: every row of the configurations, in both kinds of every compile-time switch."""
+    """Everything that ships: every row of the configurations, in both kinds of every compile-time switch; and the other
+    form of attention's backward pass, which is to be measured against it (benchmarks/gpu_kernels.py)."""
     table = configurations()[architecture]
     for kernel, rows in table.items():
         for row in rows:
             for dtype in _TYPES[row["bits"]]:
                 yield from _cases(kernel, row, dtype)
+            if (
+                architecture == "sm_90"
+                and kernel == "attention_backward_keys"
+                and (row["bits"], row["width"]) == (16, 64)
+            ):
+                other = _cases(kernel, row | attention.ONE_PROGRAM, "bf16")
+                yield from (case for case in other if case.constants["WHOLE"])
 
 
 def _cases(kernel: str, row: dict[str, int], dtype: str) -> Iterator[Case]:
