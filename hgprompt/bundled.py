@@ -62,9 +62,12 @@ def load_model(name: str, *, checkpoint: str | None = None, **timm_options: Any)
         raise BackboneError(_OWN_WEIGHTS)
     size = timm_options.get("img_size", _MINI_SIZE)
     patch = _MINI_ARCHITECTURE["patch_size"]
-    if any(pixels < patch or pixels % patch for pixels in (size if isinstance(size, tuple) else (size,))):
-        raise BackboneError(f"img_size {size} is no multiple of the mini backbone's patches of 8: pixels would be cut")
-    return mini_model(size)
+    sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2 or any(type(pixels) is not int or pixels < patch or pixels % patch for pixels in sides):
+        raise BackboneError(
+            f"img_size must be one or two multiples of the mini backbone's patches of {patch} pixels, got {size!r}"
+        )
+    return mini_model((sides[0], sides[1]))
 
 
 def mini_model(img_size: int | tuple[int, int] = _MINI_SIZE, *, pretrained: bool = True) -> nn.Module:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hgprompt import simplex
-from hgprompt.arguments import real, whole
+from hgprompt.arguments import is_floating, kind_of, real, whole
 from hgprompt.errors import DataError, OptionError, PromptError, StatisticsError
 from hgprompt.objective import Alignment, HScore, Objective, Shrinkage, check_shrinkage, of_unit_gradients
 from hgprompt.reduced_basis import ReducedHScore
@@ -156,8 +156,8 @@ class WeightProblem:
         return source_covariance(self.statistics, self.score.intensity, self._influence)
 
     def h_score_std(self, weights: Tensor) -> float:
-        """Standard error of H at α [M], see `hgprompt.uncertainty`."""
-        return h_score_std(self.statistics, self.score, weights.numpy())
+        """Standard error of H at α [M], see `hgprompt.uncertainty`. OptionError: no finite tensor [M]."""
+        return h_score_std(self.statistics, self.score, self._checked(weights))
 
     def solve(self, lam: float, *, warm: Sequence[Tensor] = ()) -> Solution:
         """The best of several starts for one λ.
@@ -165,9 +165,12 @@ class WeightProblem:
         Args:
             lam: λ ≥ 0.
             warm: weights [M] to start from too; what is found is no worse than they are.
+
+        Raises:
+            OptionError: a λ that is none, or weights that are not finite tensors [M].
         """
         check_lam(lam)
-        return self._solve(lam, self._everyone, warm=[w.numpy() for w in warm])
+        return self._solve(lam, self._everyone, warm=[self._checked(w) for w in warm])
 
     def path(self, lams: Sequence[float]) -> list[Solution]:
         """Solutions along λ, in the order given. The largest λ is solved first, where the problem is closest to
@@ -283,6 +286,11 @@ class WeightProblem:
         """A start for a problem like the one that was solved. Projected gradient has none: it takes a fixed number of
         steps, so that its answers would depend on what was asked before."""
         return [] if self.solver == "projected-gradient" else [solution.weights.numpy()]
+
+    def _checked(self, weights: Tensor) -> Vector:
+        if not is_floating(weights, 1) or len(weights) != self.size or not bool(weights.isfinite().all()):
+            raise OptionError(f"weights must be a finite floating point tensor [{self.size}], got {kind_of(weights)}")
+        return weights.detach().double().cpu().numpy()
 
     @property
     def _everyone(self) -> NDArray[np.int64]:

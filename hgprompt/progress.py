@@ -88,7 +88,9 @@ class Progress:
 
         left: seconds until its end, of who knows better than by units done, which may be of unequal length.
         """
-        if self._reporter is not None:
+        if isinstance(self._reporter, Progress):
+            self._reporter(stage, done, total, note, left)
+        elif self._reporter is not None:
             self._reporter(stage, done, total)
         if self._view is None:
             return

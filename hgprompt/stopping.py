@@ -41,8 +41,8 @@ class StopRule:
     """
 
     def __init__(self, tolerance: float, folds: int) -> None:
-        if not tolerance > 0:
-            raise OptionError(f"tolerance must be positive (an L1 distance of weights), got {tolerance}")
+        if not 0 < tolerance < math.inf:
+            raise OptionError(f"tolerance must be positive and finite (an L1 distance of weights), got {tolerance}")
         if folds < 2:
             raise OptionError("tolerance needs an estimate of the error: folds must be at least 2")
         self.tolerance = tolerance

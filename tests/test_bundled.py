@@ -53,8 +53,10 @@ def test_names():
     assert load_backbone("vit_tiny_patch16_224", device="cpu", img_size=32, pretrained=False).depth == 12
     with pytest.raises(BackboneError, match="no model"):
         load_backbone("vit_minuscule")
-    with pytest.raises(BackboneError, match="no multiple"):
-        load_backbone("mini", img_size=0)
+    for wrong in (0, "64", (64,), [64, 60], 64.0):
+        with pytest.raises(BackboneError, match="one or two multiples"):
+            load_backbone("mini", img_size=wrong)
+    assert load_backbone("mini", img_size=[32, 64]).image_size == (32, 64)  # as JSON has it
     with pytest.raises(BackboneError, match="img_size, and nothing else"):
         load_backbone("mini", depth=3)
     assert hgprompt.load_backbone is load_backbone

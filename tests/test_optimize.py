@@ -108,6 +108,15 @@ def test_bad_options(options):
         optimize_weights(statistics_of(*data(30, 3, 4, 3)), **options)
 
 
+@pytest.mark.parametrize("weights", [torch.ones(4), torch.ones(2), torch.tensor([1.0, 0.0, torch.nan]), [1.0, 0, 0]])
+def test_weights_that_are_none(weights):
+    problem = WeightProblem(statistics_of(*data(30, 3, 4, 3)))
+    with pytest.raises(OptionError, match=r"tensor \[3\]"):
+        problem.solve(1.0, warm=[weights])
+    with pytest.raises(OptionError, match=r"tensor \[3\]"):
+        problem.h_score_std(weights)
+
+
 @pytest.mark.parametrize("keep", ["features", "moments"])
 @pytest.mark.parametrize("shape", [(400, 6, 128, 5), (100, 5, 160, 4)], ids=str)
 @pytest.mark.parametrize("lam", [0.0, 0.05, 1.0])

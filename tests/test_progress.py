@@ -91,6 +91,23 @@ def test_bars_come_and_go(clock, monkeypatch):
     assert "loss 0.5" in screen.getvalue()
 
 
+def test_what_is_said_inside_another_progress_is_said_whole():
+    class View:
+        def start(self):
+            self.seen = []
+
+        def show(self, stages, now):
+            self.seen += [(stage.name, stage.done, stage.note, stage.left) for stage in stages]
+
+        def stop(self):
+            pass
+
+    view = View()
+    with Progress(None, view) as outer, Progress.of(outer) as inner:
+        inner("tuning", 1, 10, "loss 0.5", left=42.0)
+    assert view.seen == [("tuning", 1, "loss 0.5", 42.0)]
+
+
 def test_silence_and_ones_own_function(capsys):
     seen = []
     for wanted in (False, lambda *given: seen.append(given)):

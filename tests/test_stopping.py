@@ -192,7 +192,11 @@ def test_a_sorted_stream_is_read_to_its_end():
     assert result.n_images == 320
 
 
-@pytest.mark.parametrize("options", [{"tolerance": 0.0}, {"tolerance": -1}, {"tolerance": 0.1, "folds": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"tolerance": 0.0}, {"tolerance": -1}, {"tolerance": float("inf")}, {"tolerance": 0.1, "folds": 1}],
+    ids=str,
+)
 def test_bad_tolerances(options):
     with pytest.raises(OptionError):
         fast_ensemble(torch.randn(2, 2, 16), [], backbone=literal.tiny_vit(), **options)

@@ -277,6 +277,7 @@ def _record(images: LabelledImages | ImageDataset, vit: FrozenViT, config: TuneC
     training |= {"images": len(images), "classes": images.num_classes, "pixels": vit.image_size[0]}
     if images.skipped is not None:
         training["skipped_images"] = images.skipped.count
+    training |= {"mean": list(vit.mean), "std": list(vit.std)}
     training |= {"dtype": str(vit.dtype).removeprefix("torch."), "data": digest_of_images(images)[:16]}
     return {"task": images.name, "init_seed": config.seed, "training": training}
 
@@ -308,7 +309,14 @@ def _start(start: str) -> tuple[Tensor | None, BackboneInfo | None]:
         return None, None
     found = options.opened(Path(start))
     if found is not None:
-        return found.prompt if isinstance(found, EnsembleResult) else found.prompts[0], found.backbone
+        if isinstance(found, EnsembleResult):
+            return found.prompt, found.backbone
+        if len(found.names) > 1:
+            raise OptionError(
+                f"--start {start} holds {len(found.names)} tunings ({', '.join(found.names)}): save the prompt of one "
+                "in a pool, and give POOL.safetensors:NAME"
+            )
+        return found.prompts[0], found.backbone
     parts = ((start[:i], start[i + 1 :]) for i, c in enumerate(start) if c == ":")  # a name may have some of its own
     path, name = next(((path, name) for path, name in parts if Path(path).is_file()), ("", ""))
     if not path and Path(start).is_file():

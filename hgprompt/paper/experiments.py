@@ -19,6 +19,7 @@ from hgprompt.paper.paired import difference, least_p
 from hgprompt.paper.tables import Table, accuracy_table, csv_text, escaped, markdown
 from hgprompt.paper.tasks import canonical
 from hgprompt.paper.weights import WEIGHING, cosines_cell, weights_cell
+from hgprompt.tuning.methods import Partial
 
 Records = Mapping[str, Mapping[str, Any]]
 HGPROMPT, RAW, UNIFORM = "HGPrompt", "HGPrompt, raw H", "uniform"
@@ -380,12 +381,14 @@ def make_request(experiment: Experiment, lab: Lab, targets: Sequence[str], metho
     """Targets by their own names, and methods that the experiment can compare.
 
     Raises:
-        OptionError: a method that is not known, or a choice where there is none.
+        OptionError: a method that is not known or that the backbone has too few blocks for, or a choice where there is
+            none.
     """
     if methods and not experiment.methods:
         raise OptionError(f"{experiment.name} compares what the paper compares: it takes no --methods")
-    for method in methods:
-        method_of(method, lab.plan.lam)
+    for method in (method_of(name, lab.plan.lam) for name in methods):
+        if isinstance(method, Partial) and method.k > lab.backbone.depth:  # now, and not behind all the sources
+            raise OptionError(f"{method.name}: {lab.backbone.name} has {lab.backbone.depth} blocks")
     different = tuple({method_of(method, lab.plan.lam).name: method for method in methods}.values())
     return Request(tuple(dict.fromkeys(map(canonical, targets))), different or experiment.methods)
 

@@ -293,7 +293,7 @@ def test_methods_by_name():
     assert method_of("MLP-4").name == "MLP-4"
     assert method_of("PARTIAL-3").k == 3
     assert method_of("HGPrompt, paper λ=0.5").lam == 0.5
-    for wrong in ("MLP-", "MLP-x", "MLP-²", "MLP-1", "Linear-2"):
+    for wrong in ("MLP-", "MLP-x", "MLP-²", "MLP-1", "Linear-2", "PARTIAL-0"):
         with pytest.raises(OptionError):
             method_of(wrong)
 
