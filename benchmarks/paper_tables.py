@@ -16,8 +16,8 @@ import json
 import sys
 from pathlib import Path
 
+from hgprompt.files import file_name
 from hgprompt.paper.bench import COMPARED, method_key
-from hgprompt.paper.cells import file_name
 from hgprompt.paper.figures import plot_scores
 from hgprompt.paper.paired import difference
 from hgprompt.paper.tables import accuracy_table

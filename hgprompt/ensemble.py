@@ -101,7 +101,8 @@ def fast_ensemble(
             [b, h], in the backbone's dtype, → logits [b, C], or one per prompt. Your own is applied during the pass, to
             every image; a module with dropout or batch norm must be in eval mode.
         gradient_images: with a closed-form head, gradients come from a uniform random sample of this many images,
-            which is kept while the stream goes by; None: all images are kept. 0 (with lam=0): no gradients. Ranks
+            which is kept while the stream goes by; None: all images are kept, and their features a second time, which
+            no max_bytes counts. 0 (with lam=0): no gradients. Ranks
             share the sample.
         folds: groups of images for cross-fitting and for the jackknife errors of the weights.
         preset: "paper" is Algorithm 1 to the letter: Eq. 5 unshrunk, H not divided by C-1, projected gradient from

@@ -14,10 +14,12 @@ import itertools
 import json
 import math
 import os
+import re
 import secrets
 import stat
 import struct
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,6 +45,12 @@ _CHECKSUM = "sha256"
 _BLOCK = 2**20
 _SUFFIX = ".tmp"
 _MAX_DIMENSIONS = 16
+
+
+def file_name(key: str, longest: int = 100) -> str:
+    """A name that every file system takes, and no two keys share; of up to nine characters more than `longest`."""
+    plain = re.sub(r"^\.|[^\w.-]", "_", key)[:longest]  # no leading dot: ".." would be the folder above
+    return plain if plain == key else f"{plain}-{zlib.crc32(key.encode()):08x}"
 
 
 def make_directory(path: str | Path) -> Path:

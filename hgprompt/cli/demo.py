@@ -54,8 +54,9 @@ def demo(
             )
         pool, comparison = run_demo(vit, plan, out, progress=not (quiet or as_json))
         seconds = time.perf_counter() - began
-        record = {"plan": dataclasses.asdict(plan), "seconds": seconds, "dtype": str(vit.dtype).removeprefix("torch.")}
-        record |= comparison.record()
+        record = comparison.record()
+        record |= {"tuning_seconds": record["seconds"], "seconds": seconds}
+        record |= {"plan": dataclasses.asdict(plan), "dtype": str(vit.dtype).removeprefix("torch.")}
         write_text(out / "demo.json", json.dumps(jsonable(record), indent=1, allow_nan=False) + "\n")
         title = f"{plan.target} from prompts for {len(pool)} other tasks"
         plot_comparison(comparison, title, out / "demo.png")

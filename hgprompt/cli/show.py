@@ -186,8 +186,9 @@ def print_pool(pool: PromptPool, title: str = "") -> None:
 
 
 def print_tuned(result: TuneResult) -> None:
-    """The course of a tuning run: first, some middle and the last epochs."""
-    console, table = _table(f"{result.task}: tuned with {result.backbone.name}")
+    """The course of a tuning run, of several the first: its first, some middle and the last epochs."""
+    which = f", run {result.names[0]!r} of {len(result.names)}" if len(result.names) > 1 else ""
+    console, table = _table(f"{result.task}: tuned with {result.backbone.name}{which}")
     table.add_column("epoch", justify="right")
     for name in ("loss", "training accuracy", "test accuracy"):
         table.add_column(name, justify="right")

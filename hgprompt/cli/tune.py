@@ -260,13 +260,9 @@ def _as_in_the_pool(
 
 def _checkpoint(pool: Path, source: str) -> Path:
     """Beside the pool, under a name that any source name can be turned into."""
-    import re
-    import zlib
+    from hgprompt.files import file_name
 
-    plain = re.sub(r"[^\w.-]", "_", source)[:60]
-    if plain != source:
-        plain += f"-{zlib.crc32(source.encode()):08x}"
-    return pool.with_name(f"{pool.stem[:60]}.{plain}.checkpoint.safetensors")
+    return pool.with_name(f"{pool.stem[:60]}.{file_name(source, 60)}.checkpoint.safetensors")
 
 
 def _record(images: LabelledImages | ImageDataset, vit: FrozenViT, config: TuneConfig) -> dict[str, Any]:

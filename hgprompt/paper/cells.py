@@ -15,10 +15,8 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ from typing import Any
 
 from hgprompt.distributed import place_in_job
 from hgprompt.errors import FileFormatError, OptionError, OutputError
-from hgprompt.files import differences, make_directory, read_json, write_text
+from hgprompt.files import differences, file_name, make_directory, read_json, write_text
 from hgprompt.progress import Progress, Reporter
 from hgprompt.strict_json import jsonable
 
@@ -246,12 +244,6 @@ def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
     """As it comes back from a file: tuples are lists there."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(identity), sort_keys=True))
     return plain
-
-
-def file_name(key: str) -> str:
-    """A name that every file system takes, and no two keys share."""
-    plain = re.sub(r"^\.|[^\w.-]", "_", key)[:100]  # no leading dot: ".." would be the folder above
-    return plain if plain == key else f"{plain}-{zlib.crc32(key.encode()):08x}"
 
 
 @contextlib.contextmanager
