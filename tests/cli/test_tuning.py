@@ -197,7 +197,7 @@ def broken(place):
         (("train-source", "nul"), 1, "line 1: nul/a"),
         (("train-source", "fruit", "--name", "a\tb"), 1, "printable"),
         (("train-source", "procedural:azimuth", "--limit", "100000000000"), 1, "ask for fewer"),
-        (("train-source", "fruit", "--image-size", "17"), 1, "no multiple"),
+        (("train-source", "fruit", "--image-size", "17"), 1, "multiples of the mini backbone's patches"),
         (("train-source", "fruit", "--lr", "3e38"), 1, "lr must be"),
         (("tune", "procedural:azimuth", "--limit", "18", "--test", "val"), 1, "(its split is 'test')"),
         (("tune", "fruit", "--start", "fruit"), 1, "neither an ensemble nor a tuned prompt"),
@@ -268,6 +268,10 @@ def test_a_file_by_name_is_the_one_that_is_read(place, here, tmp_path):
         refused = here(place, *command, tmp_path / "both")
         assert refused.code == 1
         assert "an ensemble and a tuned prompt: name" in " ".join(refused.err.split())
+    tune(vit, {"a": one, "b": other}, images, config=still).save(tmp_path / "several")
+    refused = here(place, "tune", "stones", "--start", tmp_path / "several")
+    assert "holds 2 tunings (a, b)" in " ".join(refused.err.split())
+    assert "run 'a' of 2" in " ".join(here(place, "inspect", tmp_path / "several").out.split())
     pool.save(tmp_path / "pool.safetensors")
     refused = here(place, "tune", "stones", "--start", tmp_path / "pool.safetensors")
     assert "pool.safetensors:a" in refused.err.replace("\n", "")

@@ -282,6 +282,8 @@ def test_methods_without_a_pool_tune_no_sources(reproduce, tmp_path):
     options = ("table1", "--tasks", "ants", "--out", tmp_path / "out", "--seeds", "1")
     said = json.loads(reproduce(*options, "--methods", "Linear,PARTIAL-2", "--dry-run", "--json"))
     assert said["to_do"] == ["Linear.ants", "PARTIAL-2.ants"]
+    refused = reproduce(*options, "--methods", "PARTIAL-99", "--dry-run", code=1)
+    assert "PARTIAL-99: mini has 8 blocks" in " ".join(refused.split())
     said = reproduce(*options, "--methods", "Linear")
     assert "sources" not in said
     assert "Bold" not in said  # of one row

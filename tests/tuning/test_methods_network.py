@@ -456,8 +456,8 @@ def test_refuses(setting):
         MLP(1)
     with pytest.raises(OptionError, match="1 to 3 blocks"):
         Partial(4).prepare(setting, CONFIGS)
-    with pytest.raises(OptionError, match="1 to 3 blocks"):
-        Partial(0).num_parameters(setting)
+    with pytest.raises(OptionError, match="k ≥ 1, got 0"):
+        Partial(0)
     with pytest.raises(OptionError, match="width 16"):
         Adapter(17).prepare(setting, CONFIGS)
     with pytest.raises(OptionError, match="at least 1"):
