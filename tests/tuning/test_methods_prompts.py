@@ -416,5 +416,5 @@ def test_refuses_pools_that_do_not_fit(model):
 
 def test_table_is_in_the_papers_order():
     prompts = [name for name in METHODS if name in PROMPTS]
-    assert prompts == ["VPT", "SPoT", "ATTEMPT", "PANDA", "HGPrompt"]
-    assert list(METHODS)[-5:] == prompts
+    assert prompts == ["VPT", "VPT-deep", "SPoT", "ATTEMPT", "PANDA", "HGPrompt"]
+    assert list(METHODS)[-6:] == prompts
