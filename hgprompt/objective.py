@@ -13,7 +13,7 @@ mixture, and is the same for every α and every source: with an intensity per so
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, Protocol
@@ -268,22 +268,28 @@ class HScore:
             )
         self.intensity = resolve_intensity(shrinkage, mixture.n, covariance, fourth)
 
-    def without_folds(self, weights: Vector) -> Iterator[tuple[float, Vector]]:
-        """α [M] → H and its gradient without the images of each fold in turn, at the same intensity; NaN where what is
-        left has fewer than two classes, or the same mixed feature for every image."""
+    def without_folds(self, points: Sequence[Vector]) -> list[list[tuple[float, Vector]]]:
+        """Several α [M] → for each, H and its gradient without the images of each fold in turn, at the same intensity;
+        NaN where what is left has fewer than two classes, or the same mixed feature for every image."""
         folds, a = self._statistics.folds, self.intensity
+        found: list[list[tuple[float, Vector]]] = [[] for _ in points]
         if isinstance(self.mixture, FeatureMixture):
-            found = self.mixture.without_folds(self._statistics.fold_of, folds, torch.from_numpy(weights), a)
-            yield from zip(found[0].tolist(), found[1].cpu().numpy(), strict=True)
-        else:
-            for k in range(folds):
-                moments, alpha = self._statistics.moments(k), torch.from_numpy(weights)
-                left = MomentMixture(moments, self._statistics.dtype) if moments.count else None
+            for weights, of_point in zip(points, found, strict=True):
+                alpha = torch.from_numpy(weights)
+                values, gradients = self.mixture.without_folds(self._statistics.fold_of, folds, alpha, a)
+                of_point.extend(zip(values.tolist(), gradients.cpu().numpy(), strict=True))
+            return found
+        for k in range(folds):
+            moments = self._statistics.moments(k)  # as long as the evaluations themselves: once for all points
+            left = MomentMixture(moments, self._statistics.dtype) if moments.count else None
+            for weights, of_point in zip(points, found, strict=True):
+                alpha = torch.from_numpy(weights)
                 if left is None or not left.tells_apart(alpha):
-                    yield math.nan, np.full_like(weights, math.nan)
+                    of_point.append((math.nan, np.full_like(weights, math.nan)))
                     continue
                 value, gradient = left.value_and_gradient(alpha, a)
-                yield value, gradient.cpu().numpy()
+                of_point.append((value, gradient.cpu().numpy()))
+        return found
 
     def evaluate(self, weights: Vector) -> tuple[float, Tensor]:
         """α [M] → H, and the discriminants Z [h, C] that it comes from (`hgprompt.mixture`)."""

@@ -264,10 +264,11 @@ class WeightProblem:
         reduced = self._reduced if self._reduced is not None and self._reduced.points_at_once >= folds else None
         cheap = dataclasses.replace(whole, h_score=reduced or self.score)
         best = [(np.inf, np.full(self.size, np.nan)) for _ in range(folds)]
-        for minimum in solution.diagnostics.local_minima[:_JACKKNIFE_STARTS].numpy():
+        minima = list(solution.diagnostics.local_minima[:_JACKKNIFE_STARTS].numpy())
+        for minimum, without_folds in zip(minima, self.score.without_folds(minima), strict=True):
             value, gradient = whole(minimum)  # not the cheap one, which may have forgotten it
             known, tilted = [], []
-            for k, found_k in enumerate(self.score.without_folds(minimum)):
+            for k, found_k in enumerate(without_folds):
                 if not np.isfinite(found_k[0]):
                     continue
                 value_k, gradient_k = folded[k].of(found_k, minimum)

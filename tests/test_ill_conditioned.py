@@ -202,7 +202,7 @@ def test_a_fold_with_nearly_all_of_the_variance(keep):
     score = HScore(in_batches(features, labels, keep), shrinkage=0.1)
     left = in_batches(features[:, alone], labels[alone], "features")
     expected_value, expected = HScore(left, shrinkage=0.1)(WEIGHTS)
-    value, gradient = next(iter(score.without_folds(WEIGHTS)))
+    value, gradient = score.without_folds([WEIGHTS])[0][0]
     # Moments of the other images are about a centre of their own, or of one fold's first batch at the worst.
     assert value == pytest.approx(expected_value, rel=1e-7)
     np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-7)

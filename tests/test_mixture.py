@@ -37,7 +37,7 @@ def test_folds_left_out_of_a_score(keep):
     features, labels = data(60, 4, 7, 3)
     statistics = statistics_of(features, labels, keep, folds=FOLDS)
     score = HScore(statistics, shrinkage=0.1)
-    for k, (value, gradient) in enumerate(score.without_folds(WEIGHTS.numpy())):
+    for k, (value, gradient) in enumerate(score.without_folds([WEIGHTS.numpy()])[0]):
         expected = HScore(statistics, shrinkage=0.1, without_fold=k)(WEIGHTS.numpy())
         assert value == pytest.approx(expected[0], rel=1e-9)
         # Steps of 1e-5: the differences are off by their square, and by float64's rounding of H over the step.
