@@ -102,8 +102,7 @@ def fast_ensemble(
             every image; a module with dropout or batch norm must be in eval mode.
         gradient_images: with a closed-form head, gradients come from a uniform random sample of this many images,
             which is kept while the stream goes by; None: all images are kept, and their features a second time, which
-            no max_bytes counts. 0 (with lam=0): no gradients. Ranks
-            share the sample.
+            no max_bytes counts. 0 (with lam=0): no gradients. Ranks share the sample.
         folds: groups of images for cross-fitting and for the jackknife errors of the weights.
         preset: "paper" is Algorithm 1 to the letter: Eq. 5 unshrunk, H not divided by C-1, projected gradient from
             uniform with a fixed step, gradients of all images. These override what is given for them; learning_rate and
