@@ -75,9 +75,8 @@ class MicroBatch:
     @staticmethod
     def _find(backbone: FrozenViT, tokens: int, backward: bool) -> int:
         at_once = _TOKENS_PER_MICRO_BATCH.get(backbone.device.type, 2048)
-        if (
-            backbone.device.type == "cuda" and not torch.compiler.is_compiling()
-        ):  # the driver cannot be asked in a graph
+        # Inside a graph of torch.compile the driver cannot be asked.
+        if backbone.device.type == "cuda" and not torch.compiler.is_compiling():
             free = _SHARE_OF_FREE_MEMORY * free_gpu_bytes(backbone.device)
             fits = max(1, int(free / bytes_per_token(backbone, tokens, backward=backward)))
             # A power of two: a little more or less free memory than the last time gives the same sums.
