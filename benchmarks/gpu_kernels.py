@@ -142,23 +142,26 @@ def attentions(table: Table) -> None:
 def norms(table: Table) -> None:
     rows = M * IMAGES * T
     for stream in (torch.float32, DTYPE):
-        x, y = random(rows, WIDTH, dtype=stream), random(rows, WIDTH)
+        x, y = norm.Stream(random(rows, WIDTH, dtype=stream)), random(rows, WIDTH)
+        if stream == DTYPE:
+            x = norm.Stream(x.high, x.high / 512)
         wide, narrow = rows * WIDTH * stream.itemsize, rows * WIDTH * DTYPE.itemsize
+        tensors = 2 if stream == DTYPE else 1  # of the stream, forward; back it is one
         for name, function in (("ours", norm.add_normalize), ("PyTorch", norm.add_normalize_reference)):
 
             def forward(function=function, x=x, y=y):
                 with torch.no_grad():
                     return function(x, y, "layer", 1e-6, DTYPE)
 
-            leaves = [x.detach().requires_grad_(), y.detach().requires_grad_()]
-            total, z = function(*leaves, "layer", 1e-6, DTYPE)
-            slopes = [torch.randn_like(total), torch.randn_like(z)]
+            leaves = [x.high.detach().requires_grad_(), y.detach().requires_grad_()]
+            total, z = function(norm.Stream(leaves[0], x.low), leaves[1], "layer", 1e-6, DTYPE)
+            slopes = [torch.randn_like(total.high), torch.randn_like(z)]
 
             def backward(total=total, z=z, leaves=leaves, slopes=slopes):
-                return torch.autograd.grad((total, z), leaves, slopes, retain_graph=True)
+                return torch.autograd.grad((total.high, z), leaves, slopes, retain_graph=True)
 
-            label = f"add and normalise, {stream} stream, {name}"
-            table.add(label, "forward", forward, 0, 2 * wide + 2 * narrow)
+            label = f"add and normalise, stream of {tensors} x {stream}, {name}"
+            table.add(label, "forward", forward, 0, 2 * tensors * wide + 2 * narrow)
             table.add(label, "backward", backward, 0, 2 * wide + (2 if stream == DTYPE else 3) * narrow)
 
 

@@ -104,14 +104,10 @@ def calls(images: int) -> dict[str, dict[str, Callable[[], object]]]:
             found["attention_backward_keys"]["all of it"] = backward(rows, keys, keys)
         found["attention_backward_queries"][f"{label}, with delta"] = backward(rows, nothing, nothing)
     count = M * images * T
-    x, y, z, rstd = (
-        random(count, WIDTH, dtype=torch.float32), random(count, WIDTH), random(count, WIDTH),
-        torch.rand(count, device=DEVICE) + 0.5,
-    )  # fmt: skip
-    found["normalize"]["float32 stream"] = lambda: norm._launch(x, y, True, 1e-6, DTYPE)
-    found["normalize_backward"]["float32 stream"] = lambda: norm._launch_backward(
-        x, y, z, rstd, True, torch.float32, DTYPE
-    )
+    x, low, y, z = (random(count, WIDTH) for _ in range(4))
+    rstd = torch.rand(count, device=DEVICE) + 0.5
+    found["normalize"]["forward"] = lambda: norm._launch(x, low, y, True, 1e-6, DTYPE)
+    found["normalize_backward"]["backward"] = lambda: norm._launch_backward(x, y, z, rstd, True, DTYPE, DTYPE)
     wide, other = random(count, INNER), torch.empty(count, INNER, device=DEVICE, dtype=DTYPE)
     found["activate"]["forward"] = lambda: activation.launch_activate(wide, other, "gelu", False)
     found["activate"]["backward"] = lambda: activation.launch_activate(wide, other, "gelu", False, dout=wide)
@@ -122,8 +118,7 @@ def calls(images: int) -> dict[str, dict[str, Callable[[], object]]]:
 
 
 def row_of(kernel: str) -> dict[str, int]:
-    """The shipped row; the norms choose by the residual stream, which is float32."""
-    return row_in_use(kernel, 32 if kernel.startswith("normalize") else 8 * DTYPE.itemsize, CANDIDATES[kernel][0])
+    return row_in_use(kernel, 8 * DTYPE.itemsize, CANDIDATES[kernel][0])
 
 
 def candidates(kernel: str) -> list[dict[str, int]]:

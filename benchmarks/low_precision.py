@@ -1,17 +1,25 @@
-"""What 8-bit products in the network would do to α, on real tasks, without hardware that has them.
+"""What products of 16 and of 8 bits in the network do to α, on real tasks, without hardware that has them.
 
     python benchmarks/low_precision.py --suite SUITE --load-clip WEIGHTS/load_clip.py --out OUT --tasks emoji stamps
 
-Simulated: every linear layer of the blocks gets its inputs and weights rounded as such hardware would take them (one
-scale for each row of activations and each output of a weight), adds up in float32, and hands on bfloat16. Attention,
-norms and the residual stream stay as they are. The prompts' gradients are those of float32 in every case: the pass
-over all images is what 8 bits could make faster. One file for every task; with --to all are gathered into one.
+Simulated: every linear layer of the blocks gets its inputs and weights rounded as such hardware would take them (8
+bits: one scale for each row of activations and each output of a weight), adds up in float32, and hands on bfloat16.
+Attention, norms and the residual stream stay as they are, and the prompts' gradients are those of float32: the pass
+over all images is what 8 bits could make faster.
+
+Then bfloat16 with gradients of its own: attention rounds its weights and results too, and what comes back through a
+layer is rounded as what goes into it; once with a float32 residual stream, and once with one of two bfloat16 tensors,
+whose gradient is bfloat16 (`hgprompt.kernels.norm`), as the kernels have it.
+
+One file for every task; with --to all are gathered into one.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -23,9 +31,11 @@ from clip_starts import features_under
 from real_task import POOL, load_clip
 from torch import Tensor
 
-from hgprompt import EnsembleStatistics, FrozenViT, PromptPool, fast_ensemble
+from hgprompt import EnsembleStatistics, FrozenViT, PromptPool, fast_ensemble, operations
 from hgprompt.data import decode, load_task
 from hgprompt.files import make_directory, write_text
+from hgprompt.kernels import attention
+from hgprompt.kernels.norm import Stream, normalize
 from hgprompt.optimize import WeightProblem
 from hgprompt.strict_json import jsonable
 
@@ -36,6 +46,7 @@ QUESTIONS = {  # name: λ, whether H is divided by C - 1
 
 
 def bfloat16(x: Tensor) -> Tensor:
+    """Its gradient is rounded too: it goes the same way back."""
     return x.bfloat16().float()
 
 
@@ -67,14 +78,49 @@ def linear_layers_in(rounded: Callable[[Tensor], Tensor]) -> Iterator[None]:
         yield
 
 
+def attention_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    weights = bfloat16((q @ k.transpose(-1, -2) * scale).softmax(-1))
+    return bfloat16(weights @ v).transpose(1, 2).flatten(2)
+
+
+def stream_of_two(x: Stream, y: Tensor | None, kind, eps: float, dtype: torch.dtype) -> tuple[Stream, Tensor]:
+    """`norm.add_normalize_reference`, its two tensors of bfloat16 as their sum in float32."""
+    if y is None:
+        return x, normalize(x.high, kind, eps)
+    total = x.high + y
+    high = bfloat16(total)
+    return Stream(high + bfloat16((total - high).detach())), normalize(total, kind, eps)
+
+
+BFLOAT16 = dataclasses.replace(
+    operations.REFERENCE,
+    segment_attention=functools.partial(attention.segment_attention_reference, one_segment=attention_in_bfloat16),
+    packed_attention=functools.partial(attention.packed_attention_reference, one_segment=attention_in_bfloat16),
+)
+THROUGHOUT = {
+    "bfloat16 throughout, float32 stream": BFLOAT16,
+    "bfloat16 throughout": dataclasses.replace(BFLOAT16, add_normalize=stream_of_two),
+}
+
+
+@contextlib.contextmanager
+def network_of(ops: operations.Operations) -> Iterator[None]:
+    with linear_layers_in(bfloat16), mock.patch.object(operations, "REFERENCE", ops):
+        yield
+
+
 def measure(vit: FrozenViT, folder: Path, limit: int) -> dict:
     """One task: α of every precision beside α of float32, and how far the features are."""
     pool = PromptPool.load(POOL).without(folder.name)
     images = decode(load_task(folder, "train800val200"), vit.image_size, limit=limit, seed=43)
     began = time.perf_counter()
-    gram = fast_ensemble(
-        pool, images.batches(32), backbone=vit, gradient_images=min(GRADIENT_IMAGES, len(images))
-    ).gradient_cosines
+
+    def cosines() -> Tensor:
+        some = min(GRADIENT_IMAGES, len(images))
+        return fast_ensemble(pool, images.batches(32), backbone=vit, gradient_images=some).gradient_cosines
+
+    gram = cosines()
     exact = features_under(vit, pool.stack(), images)
     alphas = weights_of(exact, images.labels, gram)
     centred = exact - exact.mean(1, keepdim=True)
@@ -82,15 +128,25 @@ def measure(vit: FrozenViT, folder: Path, limit: int) -> dict:
         "task": folder.name, "images": len(images), "classes": images.num_classes, "prompts": list(pool.names),
         "weights": {"float32": {name: w.tolist() for name, w in alphas.items()}}, "l1": {}, "features": {},
     }  # fmt: skip
-    for rounded in (bfloat16, fp8, int8):
-        with linear_layers_in(rounded):
-            found = features_under(vit, pool.stack(), images)
-        name = rounded.__name__
+
+    def keep(name: str, found: Tensor, gram: Tensor) -> None:
         low = weights_of(found, images.labels, gram)
         record["weights"][name] = {question: w.tolist() for question, w in low.items()}
         record["l1"][name] = {question: float((w - alphas[question]).abs().sum()) for question, w in low.items()}
         record["features"][name] = float((found - exact).norm() / centred.norm())
         print(folder.name, name, record["l1"][name], f"features {record['features'][name]:.4f}", flush=True)
+
+    for rounded in (bfloat16, fp8, int8):
+        with linear_layers_in(rounded):
+            found = features_under(vit, pool.stack(), images)
+        keep(rounded.__name__, found, gram)
+    record["cosines"] = {}
+    for name, ops in THROUGHOUT.items():
+        with network_of(ops):
+            low = cosines()
+            keep(name, features_under(vit, pool.stack(), images), low)
+        record["cosines"][name] = float((low - gram).abs().max())
+        print(folder.name, name, f"cosines differ by at most {record['cosines'][name]:.4f}", flush=True)
     return record | {"seconds": time.perf_counter() - began, "torch": torch.__version__}
 
 

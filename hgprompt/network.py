@@ -9,8 +9,8 @@ Work that is not done, exactly:
 - deep prompts: what a block makes of its prompt tokens is thrown away, so they are keys and values alone;
 - frozen weights get no gradient, and neither do the image tokens before they have met a prompt.
 
-The residual stream is float32 where the compute dtype is lower: it costs little memory traffic and saves the error of
-24 roundings.
+The residual stream has more bits than a compute dtype below float32 (`hgprompt.kernels.norm`): it costs little memory
+traffic and saves the error of 24 roundings.
 
 Letters in shapes: M prompts, B images, S image tokens (prefix and patches), p prompt tokens, H heads, D head width.
 Prompt tokens stand after the image tokens here; attention has no order, so the feature is that of [CLS; P; patches].
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hgprompt.kernels.mlp import hidden
-from hgprompt.kernels.norm import normalize
+from hgprompt.kernels.norm import Stream, normalize
 
 if TYPE_CHECKING:
     from hgprompt.backbone import FrozenViT
@@ -56,7 +56,7 @@ class ImageTokens:
 def embed(vit: FrozenViT, images: Tensor, ops: Operations) -> ImageTokens:
     """Prepared images [B, C, H, W] or [M, B, C, H, W] → the part of the first block that no prompt touches."""
     block = vit.blocks[0]
-    x = _residual(vit.norm_pre(vit.embed(images.flatten(0, -4)).unflatten(0, images.shape[:-3])))
+    x = ops.residual(vit.norm_pre(vit.embed(images.flatten(0, -4)).unflatten(0, images.shape[:-3])))
     return ImageTokens(x, *_separate(block, _qkv(block, _normalized(x, block.norm1, block, ops))))
 
 
@@ -80,37 +80,37 @@ def features(vit: FrozenViT, tokens: ImageTokens, prompts: Tensor, ops: Operatio
         last = i == vit.depth - 1
         if last and vit.pool == "token":
             rows = 1
-        x, y = _block(block, x, y, rows if last else x.shape[2], prompts[:, i] if deep else None, ops)
-    m, b = x.shape[:2]
-    pooled = x[:, :, :rows] + y[:, :, :rows]
+        x, y = _block(block, x, y, rows if last else y.shape[2], prompts[:, i] if deep else None, ops)
+    m, b = y.shape[:2]
+    pooled = x.first(rows).value() + y[:, :, :rows]
     return vit.pooled(pooled.flatten(0, 1).to(vit.dtype)).unflatten(0, (m, b))
 
 
 def _first_block(
     vit: FrozenViT, tokens: ImageTokens, prompts: Tensor, deep: bool, ops: Operations
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Stream, Tensor]:
     """x and y [M, B, T, d], T = S + p, or S for deep prompts, whose own outputs are not needed."""
     block = vit.blocks[0]
     m, b = len(prompts), tokens.x.shape[-3]
-    prompts = _residual(vit.norm_pre(prompts))
+    prompts = ops.residual(vit.norm_pre(prompts))
     of_prompts = _separate(block, _qkv(block, _normalized(prompts, block.norm1, block, ops)))
     q2, k2, v2 = (t[:, None].expand(m, b, *t.shape[1:]) for t in of_prompts)
     x, q1, k1, v1 = tokens.of_each_prompt(m)
     if not deep:
         x = torch.cat([x, prompts[:, None].expand(m, b, *prompts.shape[1:])], dim=2)
     mixed = ops.segment_attention(q1, k1, v1, block.scale, None if deep else q2, k2, v2)
-    return _project_and_mlp(block, x, mixed, ops)
+    return _project_and_mlp(block, Stream(x), mixed, ops)
 
 
 def _block(
-    block: PackedBlock, x: Tensor, y: Tensor, rows: int, prompts: Tensor | None, ops: Operations
-) -> tuple[Tensor, Tensor]:
+    block: PackedBlock, x: Stream, y: Tensor, rows: int, prompts: Tensor | None, ops: Operations
+) -> tuple[Stream, Tensor]:
     """A later block on x + y [M, B, T, d] → its first `rows` tokens' x and y; prompts: deep ones' tokens here."""
-    m, b, t, _ = x.shape
+    m, b, t, _ = y.shape
     x, z = ops.add_normalize(x, y, block.norm1.kind, block.norm1.eps, block.qkv_weight.dtype)
     k2 = v2 = None
     if prompts is not None:
-        of_prompts = _separate(block, _qkv(block, _normalized(_residual(prompts), block.norm1, block, ops)))
+        of_prompts = _separate(block, _qkv(block, _normalized(ops.residual(prompts), block.norm1, block, ops)))
         k2, v2 = (u[:, None].expand(m, b, *u.shape[1:]) for u in of_prompts[1:])
     if rows == t and block.q_norm is None and block.k_norm is None:
         mixed = ops.packed_attention(_qkv(block, z), block.scale, k2, v2)
@@ -118,14 +118,14 @@ def _block(
         if rows == t:
             q1, k1, v1 = _separate(block, _qkv(block, z))
         else:
-            x = x[:, :, :rows]
+            x = x.first(rows)
             q1 = _norm_heads(block.q_norm, _qkv(block, z[:, :, :rows], 0, 1)[..., 0, :, :])
             k1, v1 = _keys_and_values(block, *_qkv(block, z, 1, 3).unbind(-3))
         mixed = ops.segment_attention(q1, k1, v1, block.scale, None, k2, v2)
     return _project_and_mlp(block, x, mixed, ops)
 
 
-def _project_and_mlp(block: PackedBlock, x: Tensor, mixed: Tensor, ops: Operations) -> tuple[Tensor, Tensor]:
+def _project_and_mlp(block: PackedBlock, x: Stream, mixed: Tensor, ops: Operations) -> tuple[Stream, Tensor]:
     y = F.linear(_norm_heads(block.attn_norm, mixed), block.proj_weight, block.proj_bias)
     x, z = ops.add_normalize(x, y, block.norm2.kind, block.norm2.eps, block.fc1_weight.dtype)
     if block.mlp_norm is None:
@@ -157,11 +157,7 @@ def _keys_and_values(block: PackedBlock, k: Tensor, v: Tensor) -> tuple[Tensor, 
 
 
 def _normalized(x: Tensor, norm: NormSpec, block: PackedBlock, ops: Operations) -> Tensor:
-    return ops.add_normalize(x, None, norm.kind, norm.eps, block.qkv_weight.dtype)[1]
-
-
-def _residual(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return ops.add_normalize(Stream(x), None, norm.kind, norm.eps, block.qkv_weight.dtype)[1]
 
 
 def _norm_heads(norm: PackedNorm | None, x: Tensor) -> Tensor:

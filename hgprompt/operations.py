@@ -27,7 +27,8 @@ class Operations:
     name: str
     segment_attention: Callable[..., Tensor]
     packed_attention: Callable[..., Tensor]
-    add_normalize: Callable[..., tuple[Tensor, Tensor]]
+    residual: Callable[[Tensor], Tensor]
+    add_normalize: Callable[..., tuple[norm.Stream, Tensor]]
     mlp: Callable[..., Tensor]
 
 
@@ -35,10 +36,18 @@ REFERENCE = Operations(
     "reference",
     attention.segment_attention_reference,
     attention.packed_attention_reference,
+    norm.residual_reference,
     norm.add_normalize_reference,
     mlp.mlp_reference,
 )
-TRITON = Operations("triton", attention.segment_attention, attention.packed_attention, norm.add_normalize, mlp.mlp)
+TRITON = Operations(
+    "triton",
+    attention.segment_attention,
+    attention.packed_attention,
+    norm.residual,
+    norm.add_normalize,
+    mlp.mlp,
+)
 
 
 def select(vit: FrozenViT, impl: Impl) -> Operations:

@@ -121,16 +121,18 @@ def _cases(kernel: str, row: dict[str, int], dtype: str) -> Iterator[Case]:
     elif kernel.startswith("normalize"):
         if dtype == "fp16":  # as bfloat16, but for one conversion
             return
-        width = row["width"] * 3 // 4
-        shape = {"D": width, "BLOCK_D": row["width"], "CENTRE": True}
+        shape = {"D": row["width"] * 3 // 4, "BLOCK_D": row["width"], "CENTRE": True} | options
+        # The row is chosen by the stream; what is added to it and its normalised rows have 16 bits.
+        wide = dtype == "fp32"
         if kernel == "normalize":
-            stream = ("x", "total") if dtype == "fp32" else ()  # its normalised rows have 16 bits all the same
-            for add in (False, True):
-                yield Case(norm._forward, kernel, "bf16", shape | options | {"ADD": add}, **launch,
+            stream = ("x", "total") if wide else ()
+            for low, add in ((False, False), (False, True), *(() if wide else ((True, True),))):
+                yield Case(norm._forward, kernel, "bf16", shape | {"LOW": low, "ADD": add}, **launch,
                            float32=(*stream, "rstd"), scalars=("eps",))  # fmt: skip
         else:
-            yield Case(norm._backward, kernel, dtype, shape | options | {"ADDED": True, "TWO": True}, **launch,
-                       float32=("dtotal", "dx", "rstd"))  # fmt: skip
+            stream = ("dtotal", "dx") if wide else ()
+            yield Case(norm._backward, kernel, "bf16", shape | {"ADDED": True, "TWO": wide}, **launch,
+                       float32=(*stream, "rstd"))  # fmt: skip
     elif kernel == "activate":
         for gated in (False, True):
             for function in (activation._activate, activation._activate_backward):
@@ -255,7 +257,7 @@ def _is_pointer(kernel: Any, name: str) -> bool:
 _POINTERS = {
     "attention": {"q1", "q2", "k1", "k2", "v1", "v2", "out", "dout", "lse", "delta",
                   "dq1", "dq2", "dk1", "dk2", "dv1", "dv2"},
-    "norm": {"x", "y", "total", "z", "rstd", "dtotal", "dz", "dx", "dy"},
+    "norm": {"x", "low", "y", "total", "total_low", "z", "rstd", "dtotal", "dz", "dx", "dy"},
     "activation": {"pre", "out", "dout", "dpre"},
     "linear": {"bias"},
     "moments": {"features", "centre", "order", "starts", "out", "row", "high", "low"},

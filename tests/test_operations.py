@@ -90,6 +90,20 @@ def test_kernels_with_pytorchs_attention(deep):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # float32 rounding over the blocks
 
 
+@pytest.mark.parametrize("options", [{}, {"depth": 1}, {"pre_norm": True, "global_pool": "avg"}], ids=str)
+@pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
+def test_bfloat16s_stream_of_two_tensors(options, deep):
+    """bfloat16's norms and activations in a whole network; the interpreter can run them, and no products."""
+    model = literal.tiny_vit(**options).double()
+    exact_vit, vit = (FrozenViT.from_timm(model, dtype=d, device=DEVICE) for d in (torch.float64, torch.bfloat16))
+    prompts, images = _inputs(vit, deep)
+    exact = _both(exact_vit, prompts, images, "reference")
+    peer, actual = (_both(vit, prompts, images, impl) for impl in ("reference", "sdpa"))
+    # As above; the peer's stream and its gradient are float32.
+    assert_by_rule(actual[0], peer[0], exact[0], 2, "features")
+    assert_by_rule(actual[1], peer[1], exact[1], 3, "gradients")
+
+
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True}], ids=str)
 @pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
 def test_attention_reads_what_it_is_given(monkeypatch, options, deep):
