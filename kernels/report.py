@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hgprompt.kernels import activation, attention, compiler, gram, linear, mixture, moments, norm
+from hgprompt.kernels import activation, attention, attention_kernels, compiler, gram, linear, mixture, moments, norm
 from hgprompt.kernels.compiler import ARCHITECTURES, SHARED_MEMORY, configurations, triton
 
 _TYPES = {16: ("bf16", "fp16"), 32: ("fp32",), 64: ("fp64",)}
@@ -99,7 +99,7 @@ def _cases(kernel: str, row: dict[str, int], dtype: str) -> Iterator[Case]:
     if kernel.startswith("attention"):
         width = row["width"]
         head = {"H": 12, "D": width, "BLOCK_D": compiler.next_power_of_2(width)}
-        function = getattr(attention, kernel.removeprefix("attention"))
+        function = getattr(attention_kernels, kernel.removeprefix("attention_"))
         if kernel == "attention_delta":
             yield Case(function, kernel, dtype, head | options, **launch, float32=("delta",))
             return
@@ -255,8 +255,8 @@ def _is_pointer(kernel: Any, name: str) -> bool:
 
 
 _POINTERS = {
-    "attention": {"q1", "q2", "k1", "k2", "v1", "v2", "out", "dout", "lse", "delta",
-                  "dq1", "dq2", "dk1", "dk2", "dv1", "dv2"},
+    "attention_kernels": {"q1", "q2", "k1", "k2", "v1", "v2", "out", "dout", "lse", "delta",
+                          "dq1", "dq2", "dk1", "dk2", "dv1", "dv2"},
     "norm": {"x", "low", "y", "total", "total_low", "z", "rstd", "dtotal", "dz", "dx", "dy"},
     "activation": {"pre", "out", "dout", "dpre"},
     "linear": {"bias"},
