@@ -95,8 +95,11 @@ def mini_model(img_size: int | tuple[int, int] = _MINI_SIZE, *, pretrained: bool
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 where the processor multiplies it in hardware, float32 elsewhere."""
-    if torch.device(device).type != "cpu":
-        return torch.bfloat16
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
+    """bfloat16 where the processor multiplies it in hardware (a GPU from sm_80 on), float32 elsewhere."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32

@@ -76,4 +76,6 @@ def test_fast_dtype_follows_the_processor(monkeypatch):
         assert fast_dtype("cpu") is expected
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert fast_dtype("cpu") is torch.float32
-    assert fast_dtype("cuda") is torch.bfloat16
+    for capability, expected in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert fast_dtype("cuda") is expected
