@@ -11,7 +11,7 @@ Then bfloat16 with gradients of its own: attention rounds its weights and result
 layer is rounded as what goes into it; once with a float32 residual stream, and once with one of two bfloat16 tensors,
 whose gradient is bfloat16 (`hgprompt.kernels.norm`), as the kernels have it.
 
-One file for every task; with --to all are gathered into one.
+One file for every task and either; with --to all are gathered into one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from real_task import POOL, load_clip
 from torch import Tensor
 
 from hgprompt import EnsembleStatistics, FrozenViT, PromptPool, fast_ensemble, operations
-from hgprompt.data import decode, load_task
+from hgprompt.data import LabelledImages, decode, load_task
 from hgprompt.files import make_directory, write_text
 from hgprompt.kernels import attention
 from hgprompt.kernels.norm import Stream, normalize
@@ -104,57 +104,76 @@ THROUGHOUT = {
 }
 
 
-@contextlib.contextmanager
-def network_of(ops: operations.Operations) -> Iterator[None]:
-    with linear_layers_in(bfloat16), mock.patch.object(operations, "REFERENCE", ops):
-        yield
-
-
 def measure(vit: FrozenViT, folder: Path, limit: int) -> dict:
     """One task: α of every precision beside α of float32, and how far the features are."""
-    pool = PromptPool.load(POOL).without(folder.name)
-    images = decode(load_task(folder, "train800val200"), vit.image_size, limit=limit, seed=43)
+    pool, images, record = task_of(vit, folder, limit)
     began = time.perf_counter()
-
-    def cosines() -> Tensor:
-        some = min(GRADIENT_IMAGES, len(images))
-        return fast_ensemble(pool, images.batches(32), backbone=vit, gradient_images=some).gradient_cosines
-
-    gram = cosines()
+    gram = passed_over(vit, pool, images)[1]
     exact = features_under(vit, pool.stack(), images)
-    alphas = weights_of(exact, images.labels, gram)
+    alphas = weights_of(statistics_of(exact, images.labels), gram)
     centred = exact - exact.mean(1, keepdim=True)
-    record: dict = {
-        "task": folder.name, "images": len(images), "classes": images.num_classes, "prompts": list(pool.names),
-        "weights": {"float32": {name: w.tolist() for name, w in alphas.items()}}, "l1": {}, "features": {},
-    }  # fmt: skip
-
-    def keep(name: str, found: Tensor, gram: Tensor) -> None:
-        low = weights_of(found, images.labels, gram)
-        record["weights"][name] = {question: w.tolist() for question, w in low.items()}
-        record["l1"][name] = {question: float((w - alphas[question]).abs().sum()) for question, w in low.items()}
-        record["features"][name] = float((found - exact).norm() / centred.norm())
-        print(folder.name, name, record["l1"][name], f"features {record['features'][name]:.4f}", flush=True)
-
+    record |= {"weights": {"float32": as_lists(alphas)}, "l1": {}, "features": {}}
     for rounded in (bfloat16, fp8, int8):
         with linear_layers_in(rounded):
             found = features_under(vit, pool.stack(), images)
-        keep(rounded.__name__, found, gram)
-    record["cosines"] = {}
-    for name, ops in THROUGHOUT.items():
-        with network_of(ops):
-            low = cosines()
-            keep(name, features_under(vit, pool.stack(), images), low)
-        record["cosines"][name] = float((low - gram).abs().max())
-        print(folder.name, name, f"cosines differ by at most {record['cosines'][name]:.4f}", flush=True)
+        name = rounded.__name__
+        low = weights_of(statistics_of(found, images.labels), gram)
+        record["weights"][name], record["l1"][name] = as_lists(low), distances(low, alphas)
+        record["features"][name] = float((found - exact).norm() / centred.norm())
+        print(folder.name, name, record["l1"][name], f"features {record['features'][name]:.4f}", flush=True)
     return record | {"seconds": time.perf_counter() - began, "torch": torch.__version__}
 
 
-def weights_of(features: Tensor, labels: Tensor, gram: Tensor) -> dict[str, Tensor]:
-    """α for every question."""
+def measure_throughout(vit: FrozenViT, folder: Path, limit: int) -> dict:
+    """One task: α of a pass that is bfloat16 in features and gradients, beside α of float32."""
+    pool, images, record = task_of(vit, folder, limit)
+    began = time.perf_counter()
+    statistics, gram = passed_over(vit, pool, images)
+    alphas = weights_of(statistics, gram)
+    record |= {"weights": {"float32": as_lists(alphas)}, "l1": {}, "cosines": {}}
+    for name, ops in THROUGHOUT.items():
+        with linear_layers_in(bfloat16), mock.patch.object(operations, "REFERENCE", ops):
+            found, cosines = passed_over(vit, pool, images)
+        low = weights_of(found, cosines)
+        record["weights"][name], record["l1"][name] = as_lists(low), distances(low, alphas)
+        record["cosines"][name] = float((cosines - gram).abs().max())
+        print(folder.name, name, record["l1"][name], f"cosines {record['cosines'][name]:.4f}", flush=True)
+    return record | {"seconds": time.perf_counter() - began, "torch": torch.__version__}
+
+
+def task_of(vit: FrozenViT, folder: Path, limit: int) -> tuple[PromptPool, LabelledImages, dict]:
+    """The pool without the task's own prompt, images, and what a record says of them."""
+    pool = PromptPool.load(POOL).without(folder.name)
+    images = decode(load_task(folder, "train800val200"), vit.image_size, limit=limit, seed=43)
+    return pool, images, {
+        "task": folder.name, "images": len(images), "classes": images.num_classes, "prompts": list(pool.names),
+    }  # fmt: skip
+
+
+def passed_over(vit: FrozenViT, pool: PromptPool, images: LabelledImages) -> tuple[EnsembleStatistics, Tensor]:
+    """What a pass kept of the features, and the gradients' cosines."""
+    some = min(GRADIENT_IMAGES, len(images))
+    found = fast_ensemble(pool, images.batches(32), backbone=vit, gradient_images=some, keep_problem=True)
+    return found.problem.statistics, found.gradient_cosines
+
+
+def statistics_of(features: Tensor, labels: Tensor) -> EnsembleStatistics:
     kept = EnsembleStatistics()
     kept.update(features, labels)
-    problems = {normalize: WeightProblem(kept, gram, normalize=normalize) for normalize in (True, False)}
+    return kept
+
+
+def as_lists(alphas: dict[str, Tensor]) -> dict[str, list[float]]:
+    return {question: w.tolist() for question, w in alphas.items()}
+
+
+def distances(alphas: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    return {question: float((w - exact[question]).abs().sum()) for question, w in alphas.items()}
+
+
+def weights_of(statistics: EnsembleStatistics, gram: Tensor) -> dict[str, Tensor]:
+    """α for every question."""
+    problems = {normalize: WeightProblem(statistics, gram, normalize=normalize) for normalize in (True, False)}
     return {name: problems[normalize].solve(lam).weights for name, (lam, normalize) in QUESTIONS.items()}
 
 
@@ -169,14 +188,17 @@ def main() -> None:
     args = parser.parse_args()
     vit = FrozenViT.from_timm(load_clip(args.load_clip, 112))
     for task in args.tasks:
-        done = make_directory(args.out) / f"{task}.json"
-        if not done.exists():
-            record = measure(vit, args.suite / task, args.limit)
-            write_text(done, json.dumps(jsonable(record), allow_nan=False) + "\n")
+        for measured, ending in ((measure, "json"), (measure_throughout, "throughout.json")):
+            done = make_directory(args.out) / f"{task}.{ending}"
+            if not done.exists():
+                record = measured(vit, args.suite / task, args.limit)
+                write_text(done, json.dumps(jsonable(record), allow_nan=False) + "\n")
     if args.to:
-        runs = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
+        found = {path.name.partition(".")[::2]: json.loads(path.read_text()) for path in args.out.glob("*.json")}
         about = {"backbone": "CLIP ViT-B/16, int8-dequantised, 112 pixels", "gradient_images": GRADIENT_IMAGES}
-        write_text(args.to, json.dumps(jsonable(about | {"runs": runs}), ensure_ascii=False, allow_nan=False) + "\n")
+        for part, ending in (("runs", "json"), ("throughout", "throughout.json")):
+            about[part] = [found[task, e] for task, e in sorted(found) if e == ending]
+        write_text(args.to, json.dumps(jsonable(about), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":
