@@ -51,7 +51,7 @@ def ensemble(
         ),
     ] = False,
     batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1)] = 32,
-    dtype: options.Dtype = "float32",
+    dtype: options.Dtype = "auto",
     device: options.Device = None,
     seed: Annotated[
         int, typer.Option(help="Of the gradient sample and the solver's starts.", min=0, max=2**63 - 1)

@@ -37,7 +37,7 @@ def select(
     bad_images: options.BadImages = "stop",
     follow_links: options.FollowLinks = False,
     batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1)] = 16,
-    dtype: options.Dtype = "float32",
+    dtype: options.Dtype = "auto",
     device: options.Device = None,
     seed: Annotated[int, typer.Option(help="Of the order of the images.", min=0, max=2**63 - 1)] = 0,
     as_json: options.AsJson = False,

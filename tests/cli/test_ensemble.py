@@ -79,6 +79,16 @@ def test_ensemble_and_inspect(place, here):
     assert "[red]cats" in shown.out  # shown, not interpreted
 
 
+def test_the_pass_takes_the_dtype_that_suits_the_hardware(place, here, monkeypatch):
+    for suitable in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr("hgprompt.bundled.fast_dtype", lambda _, dtype=suitable: dtype)
+        for options, expected in (((), suitable), (("--dtype", "float32"), torch.float32)):
+            done = here(place, *ENSEMBLE, "-o", "suited", "--no-plot", "--limit", "6", *options)
+            assert done.code == 0, done.err
+            report = json.loads((place / "suited" / "report.json").read_text())
+            assert report["settings"]["dtype"] == str(expected).removeprefix("torch.")
+
+
 @pytest.mark.filterwarnings("default::hgprompt.errors.HGPromptWarning")  # of the image that is skipped
 def test_the_commands_that_it_ends_with_can_be_run_as_they_are(place, here):
     import shutil
