@@ -83,8 +83,22 @@ def median_ms(function, rounds=3 if REHEARSE else 20, seconds=0.5) -> float:
     return statistics.median(begin.elapsed_time(end) for begin, end in events)
 
 
+def end_if_lost(failure: Exception) -> None:
+    """Leave where the device takes no more work of this process: what follows would only fail too."""
+    words = ("illegal memory access", "misaligned address", "illegal instruction", "unspecified launch failure")
+    if isinstance(failure, torch.AcceleratorError) or any(word in str(failure) for word in words):
+        raise SystemExit(f"the device is lost: {failure!r:.300}") from failure
+
+
+def difference(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative, in float64."""
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
+
+
 def once_ms(function: Callable[[], object]) -> float:
     """Milliseconds of one call until the device has done it, by the host's clock."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     start = time.perf_counter()
     function()
     if DEVICE == "cuda":

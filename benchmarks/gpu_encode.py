@@ -27,10 +27,11 @@ import literal
 
 from flops import BACKWARD, Network  # isort: skip
 from gpu_common import B, DEPTH, DEVICE, DTYPE, M, REHEARSE, SIZE, TOKENS, WIDTH  # isort: skip
-from gpu_common import ceilings, host_ms, keep, median_ms, network, peak_gigabytes, provenance  # isort: skip
+from gpu_common import ceilings, difference, end_if_lost, host_ms, keep, median_ms  # isort: skip
+from gpu_common import network, peak_gigabytes, provenance  # isort: skip
 
 from hgprompt import FrozenViT, encode, operations
-from hgprompt.encoder import pull_back
+from hgprompt.encoder import MicroBatch, pull_back
 from hgprompt.kernels import linear, mlp
 
 COMPILED = "--compiled" in sys.argv
@@ -107,11 +108,15 @@ def measure(model, vit, images, prompts, direction, kind, deep, record) -> dict:
     case: dict = {"prompts": "deep" if deep else "shallow", "M": len(prompts), "kind": kind, "ours": {}, "peers": {}}
     record["cases"].append(case)
 
+    suitable = MicroBatch()  # of all calls, as in a pass: the driver is asked for memory once
+
     def ours(impl):
         if kind == "forward":
             with torch.no_grad():
-                return encode(vit, prompts, images, impl=impl)
-        return pull_back(vit, prompts, images, lambda f, m, b: (f * direction[b]).sum((1, 2)), impl=impl)[2]
+                return encode(vit, prompts, images, impl=impl, micro_batch=suitable)
+        return pull_back(
+            vit, prompts, images, lambda f, m, b: (f * direction[b]).sum((1, 2)), impl=impl, micro_batch=suitable
+        )[2]
 
     def theirs(peer, prompts_at_once, images_at_once):
         """All prompts and images in chunks of one shape: features, or gradients summed over the images."""
@@ -128,35 +133,47 @@ def measure(model, vit, images, prompts, direction, kind, deep, record) -> dict:
             rows.append(torch.cat(chunks, dim=1) if kind == "forward" else sum(chunks))
         return torch.cat(rows)
 
-    chosen = {"triton": variants()["triton"]} if COMPILED else variants()
-    kept = operations.TRITON
-    result = None
-    for name, (impl, ops) in chosen.items():
-        operations.TRITON = ops
+    def time_ours(name, impl, ops):
+        kept, operations.TRITON = operations.TRITON, ops
+        found = None
         try:
-            result = ours(impl).double() if result is None else result
+            found = ours(impl)
             ms = median_ms(functools.partial(ours, impl), rounds=10)
             case["ours"][name] = {"ms": ms, "useful TFLOP/s": useful / ms, "naive TFLOP/s": naive / ms}
             case["ours"][name]["host ms"] = host_ms(functools.partial(ours, impl))
             case["ours"][name]["peak GB"] = peak_gigabytes(functools.partial(ours, impl))
+            if result is not None:
+                case["ours"][name]["difference from triton"] = difference(found, result)
         except Exception as error:  # one variant that does not run must not lose the others' figures
             case["ours"][name] = {"failed": f"{error!r:.300}"}
+            keep(record)
+            end_if_lost(error)
         operations.TRITON = kept
+        keep(record)
+        return found
+
+    (first, *own), *others = [(name, *how) for name, how in variants().items()]
+    result = None
+    result = time_ours(first, *own)
     best = case["ours"].get("triton", {}).get("ms")
     for name, (peer, prompts_at_once, images_at_once, context) in peers(model).items():
         if COMPILED:
             torch._dynamo.reset()  # else one runs the other's code: attention's backend is no part of its guards
         try:
             with context():
-                expected = theirs(peer, prompts_at_once, images_at_once).double()
+                expected = theirs(peer, prompts_at_once, images_at_once)
                 ms = median_ms(functools.partial(theirs, peer, prompts_at_once, images_at_once), rounds=10)
                 host = host_ms(functools.partial(theirs, peer, prompts_at_once, images_at_once))
             case["peers"][name] = {"ms": ms, "host ms": host, "ratio": ms / best if best else None}
             if result is not None:
-                case["peers"][name]["relative_difference"] = float((result - expected).norm() / expected.norm())
+                case["peers"][name]["relative_difference"] = difference(result, expected)
         except Exception as error:
             case["peers"][name] = {"failed": f"{error!r:.300}"}
+            keep(record)
+            end_if_lost(error)
         keep(record)
+    for name, impl, ops in () if COMPILED else others:  # after the peers: the least tried form stands last
+        time_ours(name, impl, ops)
     return case
 
 

@@ -1,13 +1,15 @@
 """Launch options tried on the GPU at hand: python benchmarks/gpu_tune.py out.json [--rehearse]
 
 A sweep over a few good candidates for each kernel of the paper's setting (bfloat16, heads of 64), the shipped row
-first. Nothing is written into kernels/configurations.json: its rows are chosen from what this prints. Compiling a
-candidate takes seconds, timing it a fraction of one: all are compiled before any is timed, in processes side by side.
+first, and every candidate's results beside that row's. Nothing is written into kernels/configurations.json: its rows
+are chosen from what this prints. Compiling a candidate takes seconds, timing it a fraction of one: once the shipped
+rows are timed, the others are compiled in processes side by side.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -17,7 +19,8 @@ from concurrent.futures.process import BrokenProcessPool
 import torch
 
 from gpu_common import DEVICE, DTYPE, HEAD_DIM, HEADS, IMAGE_TOKENS, INNER, M, TOKENS, WIDTH  # isort: skip
-from gpu_common import REHEARSE, instead, keep, median_ms, provenance, row_in_use  # isort: skip
+from gpu_common import REHEARSE, difference, end_if_lost, instead, keep, median_ms  # isort: skip
+from gpu_common import provenance, row_in_use  # isort: skip
 
 from hgprompt.kernels import activation, attention, compiler, linear, norm
 
@@ -93,15 +96,21 @@ def calls(images: int) -> dict[str, dict[str, Callable[[], object]]]:
             for lengths in ((x.t1, x.t2), (x.s1, x.s2))
         )  # fmt: skip
 
+        values = [None if y is None else torch.empty_like(y) for y in keys]
+
         def backward(dq, dk, dv, x=x, out=out, lse=lse, dout=dout):
-            return lambda: attention._launch_backward(x, SCALE, out, lse, dout, dq, dk, dv)
+            def call():
+                attention._launch_backward(x, SCALE, out, lse, dout, dq, dk, dv)
+                return [y for y in (*dq, *dk, *dv) if y is not None]
+
+            return call
 
         found["attention_forward"][label] = lambda x=x: attention._launch_forward(x, SCALE)
         if label == "middle block":
             found["attention_delta"]["with no other kernel"] = backward(nothing, nothing, nothing)
-        found["attention_backward_keys"][f"{label}, with delta"] = backward(nothing, keys, keys)
+        found["attention_backward_keys"][f"{label}, with delta"] = backward(nothing, keys, values)
         if label == "middle block":
-            found["attention_backward_keys"]["all of it"] = backward(rows, keys, keys)
+            found["attention_backward_keys"]["all of it"] = backward(rows, keys, values)
         found["attention_backward_queries"][f"{label}, with delta"] = backward(rows, nothing, nothing)
     count = M * images * T
     x, low, y, z = (random(count, WIDTH) for _ in range(4))
@@ -109,11 +118,16 @@ def calls(images: int) -> dict[str, dict[str, Callable[[], object]]]:
     found["normalize"]["forward"] = lambda: norm._launch(x, low, y, True, 1e-6, DTYPE)
     found["normalize_backward"]["backward"] = lambda: norm._launch_backward(x, y, z, rstd, True, DTYPE, DTYPE)
     wide, other = random(count, INNER), torch.empty(count, INNER, device=DEVICE, dtype=DTYPE)
-    found["activate"]["forward"] = lambda: activation.launch_activate(wide, other, "gelu", False)
-    found["activate"]["backward"] = lambda: activation.launch_activate(wide, other, "gelu", False, dout=wide)
+
+    def activate(dout=None):
+        activation.launch_activate(wide, other, "gelu", False, dout=dout)
+        return [other]
+
+    found["activate"]["forward"] = activate
+    found["activate"]["backward"] = functools.partial(activate, wide)
     weight, transposed, bias = random(INNER, WIDTH), random(WIDTH, INNER), random(INNER)
     found["linear"]["fc1, kept"] = lambda: linear.linear_activate(y, weight, bias, "gelu", keep=True)
-    found["linear"]["fc2, backward"] = lambda: linear.linear_multiply(y, transposed, other)
+    found["linear"]["fc2, backward"] = lambda: [linear.linear_multiply(y, transposed, wide)]
     return found
 
 
@@ -134,30 +148,58 @@ def build(kernel: str, options: dict[str, int]) -> None:
                 call()
 
 
+def compile_ahead(work: list[tuple[str, dict[str, int]]], seconds: float = 35) -> None:
+    """The candidates side by side; those that time does not suffice for are compiled as they are timed."""
+    workers = max(1, min(14, (os.cpu_count() or 1) - 1))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    # A candidate may take the compiler down, and the pool with it.
+    with contextlib.suppress(BrokenProcessPool, TimeoutError):
+        list(pool.map(build, *zip(*work, strict=True), timeout=seconds))
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def results_of(call: Callable[[], object]) -> list[torch.Tensor]:
+    return [y.clone() for y in call() if y.numel()]
+
+
 def main() -> None:
     torch.manual_seed(0)
     record = provenance() | {"sequences": M * IMAGES, "kernels": {}}
-    shipped = compiler.configurations()[compiler.architecture(torch.device(DEVICE))]
-    work = [(name, options) for name in CANDIDATES if name in shipped for options in candidates(name)]
-    if not REHEARSE:
-        workers = max(1, min(14, (os.cpu_count() or 1) - 1))
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-        # A candidate may take the compiler down, and the pool with it: the rest is compiled as it is timed.
-        with pool, contextlib.suppress(BrokenProcessPool):
-            list(pool.map(build, *zip(*work, strict=True)))
+    known = compiler.configurations()[compiler.architecture(torch.device(DEVICE))]
+    work = [(name, options) for name in CANDIDATES if name in known for options in candidates(name)]
     of = calls(IMAGES)
-    for name, options in work:
+    expected: dict[tuple[str, str], list[torch.Tensor]] = {}
+
+    def measure(name: str, options: dict[str, int]) -> None:
         row: dict[str, object] = {"options": options}
+        lost = None
         with instead(row_of(name), options):
             for label, call in of[name].items():
                 try:
+                    found = results_of(call)
+                    right = expected.setdefault((name, label), found)  # the shipped row comes first
                     row[label] = median_ms(call, rounds=9, seconds=0.05)
+                    row[f"{label}, difference"] = max(
+                        (difference(*two) for two in zip(found, right, strict=True)), default=0.0
+                    )
                 except Exception as failure:  # too much shared memory, say
                     row[label] = f"failed: {failure!r:.120}"
+                    lost = failure
         record["kernels"].setdefault(name, []).append(row)
         keep(record)
-        times = (f"{k} {v:.3f} ms" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k != "options")
+        times = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k != "options")
         print(name, *(f"{k}={v}" for k, v in options.items()), "|", " | ".join(times), flush=True)
+        if lost is not None:
+            end_if_lost(lost)
+
+    shipped = [next(w for w in work if w[0] == name) for name in dict.fromkeys(name for name, _ in work)]
+    for each in shipped:
+        measure(*each)
+    if not REHEARSE:
+        compile_ahead(work)
+    for each in work:
+        if each not in shipped:
+            measure(*each)
 
 
 if __name__ == "__main__":

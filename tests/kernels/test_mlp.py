@@ -53,8 +53,9 @@ def test_equals_plain(shape, f, e, activation, form, gated, bias, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
 @pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 8, 8), (150, 96, 200), (130, 64, 136), (300, 136, 264)])
-def test_products_with_an_epilogue(rows, inner, columns, dtype):
-    """Several tiles for one program, and tiles that end beyond the tensor, or with it."""
+def test_products_with_an_epilogue(rows, inner, columns, dtype, monkeypatch):
+    """Several tiles for one program, on a GPU too, and tiles that end beyond the tensor, or with it."""
+    monkeypatch.setattr(linear, "_multiprocessors", lambda device: 1)
     g = torch.Generator().manual_seed(0)
     x, weight, bias, slope = (
         torch.randn(s, dtype=torch.float64, generator=g) for s in ((rows, inner), (columns, inner), columns, rows)
@@ -134,7 +135,7 @@ def test_far_from_zero(activation, dtype):
 
 def test_nothing_is_kept_without_a_gradient():
     x, eye = torch.randn(3, 4, device=DEVICE), torch.eye(4, device=DEVICE)
-    for fused in (False, True):
+    for fused in {False, linear.available(x, 4)}:
         kept = torch.ops.hgprompt.mlp(x, eye, None, eye, None, "gelu", False, fused, False)[1]
         assert kept.numel() == 0
 
@@ -142,7 +143,7 @@ def test_nothing_is_kept_without_a_gradient():
 def test_operator_is_well_behaved():
     x = torch.randn(3, 8, device=DEVICE, requires_grad=True)
     w1, w2, bias = torch.randn(16, 8, device=DEVICE), torch.randn(8, 16, device=DEVICE), torch.randn(16, device=DEVICE)
-    for fused in (False, True):
+    for fused in {False, linear.available(x, 8, 16)}:
         torch.library.opcheck(torch.ops.hgprompt.mlp.default, (x, w1, bias, w2, None, "gelu", False, fused, True))
 
 
