@@ -318,7 +318,9 @@ def _rows(
         reason = None
         try:
             row = compute(images, prompts, num_prompts * num_images > size)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             pairs = prompts_at_once * (images.stop - images.start)
             reason = str(error)
             if pairs == 1:
@@ -331,6 +333,11 @@ def _rows(
             continue
         yield row
         start = images.stop
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Of PyTorch's allocator, or of the driver, when Triton first loads a kernel onto a full device."""
+    return isinstance(error, torch.OutOfMemoryError) or str(error) == "Triton Error [CUDA]: out of memory"
 
 
 def _embedded(

@@ -20,6 +20,7 @@ from hgprompt.bundled import load_backbone
 from hgprompt.distributed import Ranks
 from hgprompt.encoder import check_prompts
 from hgprompt.errors import BackboneError, DataError, DistributedError, HGPromptError, warn
+from hgprompt.kernels.compiler import copied
 from hgprompt.pool import PromptPool
 from hgprompt.workers import end_workers, failure_in_words, of_a_worker
 
@@ -214,10 +215,8 @@ def _ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> It
         there = images.device.type != "cpu"
         ahead = None
         if not there:
-            # Also of memory that is pinned: the loader could fill it again before the GPU has read it.
-            pinned = torch.empty_like(images, pin_memory=True).copy_(images)
             with torch.cuda.stream(copies):
-                ahead = pinned.to(device, non_blocking=True), labels, copies.record_event()
+                ahead = copied(images, device), labels, copies.record_event()
         if waiting is not None:
             yield arrived(*waiting)
         waiting = ahead

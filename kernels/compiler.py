@@ -103,9 +103,10 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def copied(x: Tensor, device: torch.device) -> Tensor:
     """x on a device. The host does not wait for the copy from its own memory to a GPU's."""
-    if device.type == "cuda" and not x.is_cuda:
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+    if device.type != "cuda" or x.is_cuda or torch.compiler.is_compiling():
+        return x.to(device)
+    # Also of memory that is pinned already: its owner could fill it again before the GPU has read it.
+    return torch.empty_like(x, pin_memory=True).copy_(x).to(device, non_blocking=True)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -64,6 +64,24 @@ def _problem(deep=False):
     return vit, prompts, images, torch.randn(M, B, 16, generator=g, dtype=torch.float64)
 
 
+def test_a_full_device_that_triton_finds_counts_too(monkeypatch):
+    """The driver's own words, when a kernel is first loaded; any other RuntimeError is nobody's memory."""
+    vit, prompts, images, _ = _problem()
+    expected = encode(vit, prompts, images)
+    exact, words = network.features, ["Triton Error [CUDA]: out of memory"]
+
+    def features(*arguments):
+        if words:
+            raise RuntimeError(words.pop())
+        return exact(*arguments)
+
+    monkeypatch.setattr(network, "features", features)
+    _equal(encode(vit, prompts, images), expected)
+    words.append("Triton Error [CUDA]: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal"):
+        encode(vit, prompts, images)
+
+
 def _equal(actual, expected):
     # Other micro-batches are other shapes of the same products in float64: a few roundings.
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-11)
