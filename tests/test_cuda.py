@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hgprompt import EnsembleStatistics, FrozenViT, WeightProblem, encode, fast_ensemble, network, operations
-from hgprompt.encoder import MicroBatch, pull_back
+from hgprompt.encoder import MicroBatch, MultiPromptEncoder, pull_back
 from hgprompt.errors import DataError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -246,3 +246,27 @@ def test_encode_moves_what_it_is_given():
     vit = FrozenViT.from_timm(literal.tiny_vit(), device="cuda")
     out = encode(vit, torch.zeros(1, 2, 16), torch.zeros(2, 3, 16, 16))
     assert out.device.type == "cuda"
+
+
+def test_a_pinned_buffer_may_be_filled_again_at_once():
+    """encode returns before the device has read its images; they are read as they were."""
+    vit = FrozenViT.from_timm(literal.tiny_vit(), device="cuda")
+    g = torch.Generator().manual_seed(0)
+    prompts, images = torch.randn(2, 3, 16, generator=g).cuda(), torch.randn(512, 3, 16, 16, generator=g)
+    with torch.no_grad():
+        expected = encode(vit, prompts, images.cuda())
+        buffer = images.pin_memory()
+        torch.cuda._sleep(100_000_000)  # the copy waits behind it
+        found = encode(vit, prompts, buffer)
+        buffer.zero_()
+    assert torch.equal(found, expected)
+
+
+def test_the_compiler_takes_images_from_the_host():
+    vit = FrozenViT.from_timm(literal.tiny_vit(), device="cuda")
+    g = torch.Generator().manual_seed(0)
+    prompts, images = torch.randn(2, 3, 16, generator=g).cuda(), torch.randn(3, 3, 16, 16, generator=g)
+    encoder = MultiPromptEncoder(vit, prompts, micro_batch=4)
+    with torch.no_grad():
+        found = torch.compile(encoder, backend="aot_eager")(images)
+        torch.testing.assert_close(found, encoder(images), rtol=1e-4, atol=1e-5)  # float32, in another order
