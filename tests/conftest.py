@@ -48,8 +48,7 @@ def unwritten_is_nan():
 def pytest_exception_interact(call, report):
     """A GPU that is lost to a process fails all its other tests too: with pytest-xdist the process ends, and another
     takes the tests that are left."""
-    lost = isinstance(call.excinfo.value, getattr(torch, "AcceleratorError", ()))
-    if lost and "PYTEST_XDIST_WORKER" in os.environ:
+    if isinstance(call.excinfo.value, torch.AcceleratorError) and "PYTEST_XDIST_WORKER" in os.environ:
         sys.stderr.write(f"{report.nodeid}: {call.excinfo.value}\n")
         os._exit(3)
 
