@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 # Workers side by side share the cores, and so do the programs that tests start; to be said before torch is imported.
 _CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
@@ -42,15 +41,6 @@ def unwritten_is_nan():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(was[0], warn_only=was[1])
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_exception_interact(call, report):
-    """A GPU that is lost to a process fails all its other tests too: with pytest-xdist the process ends, and another
-    takes the tests that are left."""
-    if isinstance(call.excinfo.value, torch.AcceleratorError) and "PYTEST_XDIST_WORKER" in os.environ:
-        sys.stderr.write(f"{report.nodeid}: {call.excinfo.value}\n")
-        os._exit(3)
 
 
 def pytest_runtest_logreport(report):
